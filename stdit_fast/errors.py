@@ -1,0 +1,30 @@
+"""The one error type for bad configuration and bad input."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """A setting, table or input file that cannot be used.
+
+    The message names the key, the value that was found, and what would be right.
+
+    Args:
+        key: dotted name of the setting (``data.path``), column or file.
+        value: the value that was found; shown with ``repr``.
+        remedy: what the user can do about it, one sentence or a few lines.
+    """
+
+    def __init__(self, key: str, value: object, remedy: str):
+        self.key, self.value, self.remedy = key, value, remedy
+        super().__init__(f"{key} = {value!r}: {remedy}")
+
+    def __reduce__(self):
+        return type(self), (self.key, self.value, self.remedy)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """A phrase that offers the closest of `choices`: ``did you mean 'lr'?``, or lists them all."""
+    choices = [str(c) for c in choices]
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(map(repr, choices))}"

@@ -1,0 +1,388 @@
+"""STDiT-2: the video diffusion transformer of Open-Sora 1.1, on the ops of `stdit_fast.ops`.
+
+The model knows shapes and order, nothing of kernels, processes or diffusion. Latents are [B, C_in, T, H, W];
+tokens stay [B, T, S, C] through all blocks, S = ceil(H/p) * ceil(W/q).
+
+Everything that the conditioning decides (shift, scale, gate) is [B, 1, ...], or [B, T, ...] when an x_mask
+makes frames differ, so masked and unmasked passes are one path.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from stdit_fast import ops
+from stdit_fast.errors import ConfigError
+from stdit_fast.model.config import STDiT2Config
+from stdit_fast.model.embeddings import CaptionEmbedder, Mlp, RotaryEmbedding, ScalarEmbedder, position_embedding
+
+logger = logging.getLogger(__name__)
+
+
+class RMSNormWeight(nn.Module):
+    """The weight of a QK-normalisation; the attention op that it is passed to does the arithmetic."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(head_dim))
+
+
+class SelfAttention(nn.Module):
+    """Parameters of one self-attention, and its projections around an attention op."""
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.q_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def project_in(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, T, S, C] to (qkv [B, T, S, 3, H, D], weight of q's norm, weight of k's norm)."""
+        qkv = self.qkv(u).unflatten(-1, (3, self.heads, self.head_dim))
+        if self.q_norm is None:
+            return qkv, None, None
+        return qkv, self.q_norm.weight, self.k_norm.weight
+
+
+class CrossAttention(nn.Module):
+    """Attention of the video tokens over packed text."""
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.q_linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, text: Tensor, layout: ops.TextLayout) -> Tensor:
+        q = self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, self.head_dim))
+        kv = self.kv_linear(text).unflatten(-1, (2, self.heads, self.head_dim))
+        return self.proj(ops.cross_attention(q, kv, layout)).view_as(x)
+
+
+class Conditioning(NamedTuple):
+    """What all blocks share.
+
+    Attributes:
+        spatial: [B, 1 or T, 6, C] shift, scale, gate of the spatial attention, then of the MLP.
+        temporal: [B, 1 or T, 3, C] shift, scale, gate of the temporal attention.
+        text: [M, C] packed text.
+        layout: of that text.
+        freqs: [D/2] rotary angles a frame.
+    """
+
+    spatial: Tensor
+    temporal: Tensor
+    text: Tensor
+    layout: ops.TextLayout
+    freqs: Tensor
+
+
+class STDiT2Block(nn.Module):
+    """Spatial attention, temporal attention, cross attention, MLP, each on the residual stream."""
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        channels = config.hidden_size
+        self.rotate_first = config.qk_norm_legacy
+        self.attn = SelfAttention(config)
+        self.attn_temp = SelfAttention(config)
+        self.cross_attn = CrossAttention(config)
+        self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
+        self.scale_shift_table = nn.Parameter(torch.empty(6, channels))
+        self.scale_shift_table_temporal = nn.Parameter(torch.empty(3, channels))
+
+    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + cond.spatial).unbind(2)
+        temp_shift, temp_scale, temp_gate = (self.scale_shift_table_temporal + cond.temporal).unbind(2)
+
+        qkv, q_weight, k_weight = self.attn.project_in(ops.layer_norm_modulate(x, shift, scale))
+        x = ops.gate_residual(x, self.attn.proj(ops.spatial_attention(qkv, q_weight, k_weight)), gate)
+
+        qkv, q_weight, k_weight = self.attn_temp.project_in(ops.layer_norm_modulate(x, temp_shift, temp_scale))
+        o = ops.temporal_attention(qkv, q_weight, k_weight, cond.freqs, rotate_first=self.rotate_first)
+        x = ops.gate_residual(x, self.attn_temp.proj(o), temp_gate)
+
+        x = x + self.cross_attn(x, cond.text, cond.layout)
+
+        return ops.gate_residual(x, self.mlp(ops.layer_norm_modulate(x, mlp_shift, mlp_scale)), mlp_gate)
+
+
+class FinalLayer(nn.Module):
+    """LN, modulate, Linear to the patches' values."""
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        patch = config.patch_size[1] * config.patch_size[2]
+        self.linear = nn.Linear(config.hidden_size, patch * config.out_channels)
+        self.scale_shift_table = nn.Parameter(torch.empty(2, config.hidden_size))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        """x [B, T, S, C], cond [B, 1 or T, C] to [B, T, S, p*q*C_out]."""
+        return self.linear(self._modulate(x, cond))
+
+    def forward_legacy(self, x: Tensor, cond: Tensor, cond_zero: Tensor, x_mask: Tensor) -> Tensor:
+        """Open-Sora 1.1 under an x_mask: condition frames are normalised and modulated twice."""
+        z = self._modulate(x, cond)
+        return self.linear(torch.where(x_mask[:, :, None, None], z, self._modulate(z, cond_zero)))
+
+    def _modulate(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table + cond.unsqueeze(2)).unbind(2)
+        return ops.layer_norm_modulate(x, shift, scale)
+
+
+class PatchEmbed(nn.Module):
+    """Latents to tokens, with the positions added."""
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__()
+        patch = tuple(config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return ops.patch_embed(x, self.proj.weight, self.proj.bias, position)
+
+
+class STDiT2(PreTrainedModel):
+    """Predicts noise (and, with pred_sigma, the variance) of video latents of any T, H, W.
+
+    Parameter names are those of Open-Sora 1.1, so its checkpoints load unchanged.
+    """
+
+    config_class = STDiT2Config
+    base_model_prefix = ""
+    main_input_name = "x"
+    _no_split_modules = ["STDiT2Block"]
+    _keep_in_fp32_modules_strict = ["rope"]  # see RotaryEmbedding
+
+    def __init__(self, config: STDiT2Config):
+        super().__init__(config)
+        ops.check_backend(config.backend, ops.MODEL_OPS)
+        channels = config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = ScalarEmbedder(channels)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(channels, 3 * channels))
+        self.y_embedder = CaptionEmbedder(config.caption_channels, channels, config.model_max_length)
+        self.blocks = nn.ModuleList(STDiT2Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.csize_embedder = ScalarEmbedder(channels // 3)
+        self.ar_embedder = ScalarEmbedder(channels // 3)
+        self.fl_embedder = ScalarEmbedder(channels)
+        self.fps_embedder = ScalarEmbedder(channels)
+        self.rope = RotaryEmbedding(config.head_dim)
+        self.checkpointed_blocks = 0
+        self.post_init()
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        y: Tensor,
+        mask: Tensor | None = None,
+        x_mask: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        height: Tensor | None = None,
+        width: Tensor | None = None,
+        ar: Tensor | None = None,
+        fps: Tensor | None = None,
+        drop_caption: Tensor | None = None,
+    ) -> Tensor:
+        """One prediction.
+
+        Args:
+            x: [B, C_in, T, H, W] noised latents.
+            timestep: [B] diffusion timesteps, integers (a plugin that casts floats must not round them).
+            y: [B, 1, L, caption_channels] text states, L at most model_max_length.
+            mask: [B, L], nonzero where a token is real; None: all are. On the CPU it costs no synchronisation.
+            x_mask: [B, T], False where a frame is a condition and counts as timestep 0; None: no conditions.
+            num_frames, height, width, ar, fps: [B], of the video in frames, pixels, pixels, height/width,
+                frames a second.
+            drop_caption: [B] bool, captions to replace by the empty one. None draws them with
+                class_dropout_prob in training mode and drops none in evaluation.
+
+        Returns:
+            [B, C_in or 2*C_in, T, H, W] float32 (float64 for a float64 model).
+
+        Raises:
+            ValueError: a missing argument or a shape that does not fit, with the shape that would.
+        """
+        self._check_inputs(x, timestep, y, x_mask, num_frames, height, width, ar, fps)
+        weight = self.x_embedder.proj.weight
+        rows, columns = (-(-size // p) for size, p in zip(x.shape[3:], self.config.patch_size[1:], strict=True))
+        scale = (height.float() * width.float()).sqrt() / self.config.input_sq_size
+        position = position_embedding(self.config.hidden_size, rows, columns, scale, x.device, weight.dtype)
+        tokens = self.x_embedder(x.to(weight.dtype), position)
+
+        size = torch.cat((self.csize_embedder(height, width), self.ar_embedder(ar)), dim=-1)
+        length = self.fl_embedder(num_frames) + self.fps_embedder(fps)
+        if x_mask is not None:
+            x_mask = x_mask.to(x.device) != 0
+        t = self.t_embedder(timestep)
+        t_zero = None if x_mask is None else self.t_embedder(torch.zeros_like(timestep))
+        cond = Conditioning(
+            self._per_frame(self.t_block, t, t_zero, size, x_mask).unflatten(-1, (6, -1)),
+            self._per_frame(self.t_block_temp, t, t_zero, length, x_mask).unflatten(-1, (3, -1)),
+            *self._embed_text(y, mask, drop_caption),
+            self.rope.freqs,
+        )
+        for i, block in enumerate(self.blocks):
+            if i < self.checkpointed_blocks and torch.is_grad_enabled():
+                # No block draws random numbers, so their state need not be kept.
+                tokens = checkpoint(block, tokens, cond, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, cond)
+
+        if x_mask is not None and self.config.final_layer_legacy:
+            tokens = self.final_layer.forward_legacy(tokens, t[:, None], (t_zero + size)[:, None], x_mask)
+        else:
+            tokens = self.final_layer(tokens, _select_frames(t, t_zero, x_mask))
+        out = self._unpatchify(tokens, rows, columns)[..., : x.shape[3], : x.shape[4]]
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    @staticmethod
+    def _per_frame(
+        block: nn.Module, t: Tensor, t_zero: Tensor | None, extra: Tensor, x_mask: Tensor | None
+    ) -> Tensor:
+        """block(t + extra), for condition frames block(t_zero + extra): [B, 1 or T, k*C]."""
+        zero = None if t_zero is None else block(t_zero + extra)
+        return _select_frames(block(t + extra), zero, x_mask)
+
+    def _embed_text(self, y: Tensor, mask: Tensor | None, drop: Tensor | None) -> tuple[Tensor, ops.TextLayout]:
+        """Drops captions, packs the real tokens, projects them to the model's width: ([M, C], layout)."""
+        if drop is None and self.training and self.config.class_dropout_prob > 0:
+            drop = torch.rand(y.shape[0], device=y.device) < self.config.class_dropout_prob
+        layout = ops.text_layout(mask, y.shape[0], y.shape[2], y.device)
+        states = self.y_embedder(y.squeeze(1), drop).flatten(0, 1)
+        return self.y_embedder.y_proj(states.index_select(0, layout.token_index)), layout
+
+    def _unpatchify(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """[B, T, rows*columns, p*q*C_out] (channels last) to [B, C_out, T, rows*p, columns*q]."""
+        _, p, q = self.config.patch_size
+        batch, frames = tokens.shape[:2]
+        grid = tokens.reshape(batch, frames, rows, columns, p, q, self.config.out_channels)
+        return grid.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, rows * p, columns * q)
+
+    def _check_inputs(self, x, timestep, y, x_mask, num_frames, height, width, ar, fps) -> None:
+        cfg = self.config
+        if x.dim() != 5 or x.shape[1] != cfg.in_channels or x.numel() == 0:
+            raise ValueError(f"x has shape {list(x.shape)}, expected [B, {cfg.in_channels}, T, H, W] with no size 0")
+        batch, frames = x.shape[0], x.shape[2]
+        if y.dim() != 4 or y.shape[:2] != (batch, 1) or y.shape[3] != cfg.caption_channels:
+            raise ValueError(f"y has shape {list(y.shape)}, expected [{batch}, 1, L, {cfg.caption_channels}]")
+        if not 1 <= y.shape[2] <= cfg.model_max_length:
+            raise ValueError(f"y has {y.shape[2]} tokens, expected 1 to model_max_length = {cfg.model_max_length}")
+        if x_mask is not None and x_mask.shape != (batch, frames):
+            raise ValueError(f"x_mask has shape {list(x_mask.shape)}, expected [{batch}, {frames}]")
+        scalars = dict(timestep=timestep, num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
+        for name, value in scalars.items():
+            if value is None or value.shape != (batch,):
+                got = "is missing" if value is None else f"has shape {list(value.shape)}"
+                raise ValueError(f"{name} {got}, expected a tensor of shape [{batch}]")
+
+    # --------------------------------------------------------- checkpointing
+
+    def set_checkpointing(self, blocks: str | int) -> None:
+        """Recomputes the first `blocks` blocks in the backward pass: "off", "all" or a number."""
+        counts = {"off": 0, "all": len(self.blocks)}
+        count = counts.get(blocks, blocks)
+        if not isinstance(count, int) or not 0 <= count <= len(self.blocks):
+            raise ConfigError("checkpointing", blocks, f'use "off", "all" or a number from 0 to {len(self.blocks)}')
+        self.checkpointed_blocks = count
+
+    # ------------------------------------------------------- initial values
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values of one module, as Open-Sora 1.1 sets them.
+
+        Also called for what a loaded checkpoint did not fill, so every parameter and buffer has its rule here.
+        """
+        # `init` leaves alone what a checkpoint has filled, which torch.nn.init would not.
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv3d):  # as the Linear over a flattened patch that it is
+            fan_out, fan_in = module.weight.flatten(1).shape
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
+        elif isinstance(module, RMSNormWeight):
+            init.ones_(module.weight)
+        elif isinstance(module, RotaryEmbedding):
+            init.copy_(module.freqs, module.initial())
+        elif isinstance(module, STDiT2Block):
+            std = module.scale_shift_table.shape[-1] ** -0.5
+            init.normal_(module.scale_shift_table, std=std)
+            init.normal_(module.scale_shift_table_temporal, std=std)
+            init.zeros_(module.attn_temp.proj.weight)
+            init.zeros_(module.cross_attn.proj.weight)
+        elif isinstance(module, FinalLayer):
+            init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
+            init.zeros_(module.linear.weight)
+        elif isinstance(module, CaptionEmbedder):
+            init.normal_(module.y_embedding, std=module.y_embedding.shape[-1] ** -0.5)
+            init.normal_(module.y_proj.fc1.weight, std=0.02)
+            init.normal_(module.y_proj.fc2.weight, std=0.02)
+        elif isinstance(module, STDiT2):
+            for linear in (*self.t_embedder.mlp, *self.t_block, *self.t_block_temp):
+                if isinstance(linear, nn.Linear):
+                    init.normal_(linear.weight, std=0.02)
+
+    # -------------------------------------------------------------- loading
+
+    @classmethod
+    def from_pretrained(cls, path, *args, strict: bool = True, **kwargs):
+        """As PreTrainedModel.from_pretrained, but a checkpoint that does not fit raises.
+
+        Args:
+            path: a `save_pretrained` folder or a hub name.
+            strict: False keeps initial values for missing keys and ignores unexpected ones, with a warning.
+
+        Raises:
+            ConfigError: with `strict`, the list of keys missing, unexpected or of another shape.
+        """
+        from stdit_fast.model.checkpoints import Mismatch
+
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("ignore_mismatched_sizes", True)  # gathered and raised below, all at once
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        mismatch = Mismatch.from_loading_info(info)
+        if mismatch and strict:
+            raise ConfigError("checkpoint", str(path), mismatch.describe())
+        if mismatch:
+            logger.warning("%s: %s", path, mismatch.describe())
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_open_sora(cls, path, *, strict: bool = True, **config_changes) -> "STDiT2":
+        """An Open-Sora 1.1 checkpoint (folder, .safetensors or .pt), both legacy flags set.
+
+        See `stdit_fast.model.checkpoints.load_open_sora`.
+        """
+        from stdit_fast.model.checkpoints import load_open_sora
+
+        return load_open_sora(path, strict=strict, **config_changes)
+
+    @classmethod
+    def from_pixart(cls, path, config: STDiT2Config | None = None, *, strict: bool = True) -> "STDiT2":
+        """A model that starts from a PixArt-alpha checkpoint; see `stdit_fast.model.checkpoints.load_pixart`."""
+        from stdit_fast.model.checkpoints import load_pixart
+
+        return load_pixart(path, config, strict=strict)
+
+
+def _select_frames(t: Tensor, t_zero: Tensor | None, x_mask: Tensor | None) -> Tensor:
+    """[B, K] for frames to generate and for condition frames to [B, 1 or T, K]."""
+    if x_mask is None:
+        return t[:, None]
+    return torch.where(x_mask[:, :, None], t[:, None], t_zero[:, None])

@@ -1,0 +1,26 @@
+"""Argument checks shared by the ops: one wording for a wrong shape."""
+
+from torch import Tensor
+
+
+def expect_shape(op: str, name: str, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+    """Raises ValueError unless `tensor` has that shape; a string in `shape` names a free dimension."""
+    ok = tensor.dim() == len(shape) and all(
+        isinstance(want, str) or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not ok:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, expected [{', '.join(map(str, shape))}]")
+
+
+def expect_not_empty(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor without elements."""
+    if tensor.numel() == 0:
+        raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}, which holds no element")
+
+
+def expect_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless `modulation` is [B, 1, C] or [B, T, C] for x [B, T, S, C]."""
+    batch, frames, _, channels = x.shape
+    if modulation.dim() != 3 or modulation.shape[1] not in (1, frames):
+        raise ValueError(f"{op}: {name} has shape {list(modulation.shape)}, expected [{batch}, 1 or {frames}, {channels}]")
+    expect_shape(op, name, modulation, (batch, modulation.shape[1], channels))

@@ -21,10 +21,13 @@ class SpeeDiT(IDDPM):
 
     def __init__(self, num_timesteps: int = 1000):
         super().__init__(num_timesteps)
-        # Where the tanh turns, p depends on the last bits of this square root: float32, as the original has it.
-        gradient = np.gradient(np.sqrt(1 - self.alpha_bar.double().numpy()).astype(np.float32))
-        p = (np.tanh(1e6 * (gradient - 1e-4)) + 1.5).astype(np.float64)
-        self.p = p / p.sum()
+        # Where the tanh turns, p depends on the last bits of sqrt(1 - alpha_bar), so these are reproduced: the
+        # original reads betas back off its float32 alpha_bar, and accumulates them again in float64.
+        before = torch.cat((torch.ones(1), self.alpha_bar[:-1]))
+        betas = (1 - self.alpha_bar / before).double()
+        gradient = np.gradient((1 - (1 - betas).cumprod(0)).sqrt().float().numpy())
+        p = np.tanh(1e6 * (gradient - 1e-4)) + 1.5
+        self.p = p.astype(np.float64) / p.sum(dtype=np.float64)
         flat = np.flatnonzero(gradient < 5e-5)
         self.meaningful_steps = int(flat[0]) + 1 if flat.size else num_timesteps
         snr = self.alpha_bar / (1 - self.alpha_bar)

@@ -1,0 +1,102 @@
+"""The processes of a run: who they are, and the one place that reads the launcher's environment."""
+
+import logging
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stdit_fast.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+COLOSSALAI_INSTALL = "pip install --no-deps -r requirements-nodeps.txt"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all.
+
+    Attributes:
+        rank, world_size: place and number of the data-parallel processes.
+        device: where this one computes.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums over all processes, in float64; waits for the device."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather_objects(self, value: object) -> list:
+        """Every process's value, on every process. For rare events: it pickles."""
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """Shards of equal size, joined in order of rank: [world_size * shard.numel()]."""
+        whole = torch.empty(self.world_size * shard.numel(), dtype=shard.dtype, device=shard.device)
+        dist.all_gather_into_tensor(whole, shard.flatten().contiguous())
+        return whole
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def launch(seed: int) -> Processes:
+    """Starts the process group through ColossalAI, with what torchrun set, or alone without it.
+
+    The group is NCCL on GPUs and gloo on the CPU. All processes are seeded alike, so that a model initialised
+    here starts equal everywhere.
+
+    Raises:
+        ConfigError: ColossalAI is not installed.
+    """
+    colossalai = import_colossalai()
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    if not dist.is_initialized():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            colossalai.launch_from_torch(seed=seed, verbose=False)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+    return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def import_colossalai():
+    """ColossalAI, without the warnings of its optional parts."""
+    quiet = [logging.getLogger(name) for name in ("bitsandbytes", "torch.distributed")]
+    levels = [log.level for log in quiet]
+    try:
+        for log in quiet:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import colossalai
+            import colossalai.booster.plugin
+    except ImportError as error:
+        raise ConfigError("colossalai", None, f"it cannot be imported ({error}); run `{COLOSSALAI_INSTALL}`") from error
+    finally:
+        for log, level in zip(quiet, levels, strict=True):
+            log.setLevel(level)
+    return colossalai
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,39 @@
+"""`torchrun ... -m stdit_fast.train --config FILE [--any.key value ...]`, or `python -m` for one process."""
+
+import logging
+import os
+import sys
+
+from stdit_fast.errors import ConfigError
+
+
+def main() -> int:
+    """Runs the training; 0 when done or told to stop, 2 for a configuration that cannot be."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
+    for chatty in ("httpx", "filelock", "torch.distributed", "colossalai", "bitsandbytes"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
+    try:
+        from stdit_fast.train.config import parse
+
+        config = parse()
+        from stdit_fast.train.trainer import Trainer, TrainingError
+
+        trainer = Trainer(config)
+    except ConfigError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        path = trainer.train()
+    except (ConfigError, TrainingError) as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    if is_main:
+        print(f"checkpoint: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

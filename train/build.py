@@ -1,0 +1,164 @@
+"""From a configuration to the objects of a run: data, encoders, model, optimizer."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from stdit_fast.diffusion import IDDPM, SCHEDULES, MaskGenerator
+from stdit_fast.encoders import load_autoencoder, load_text_encoder
+from stdit_fast.errors import ConfigError
+from stdit_fast.model.config import LEGACY_KEYS
+from stdit_fast.model.stdit2 import STDiT2
+from stdit_fast.parallel.processes import Processes
+from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.config import TrainConfig, make_buckets, model_config
+from stdit_fast.train.dataset import VideoTextDataset, make_loader
+from stdit_fast.train.metadata import Metadata, load_metadata
+from stdit_fast.train.sampler import BucketSampler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Data:
+    """The samples and the order in which they come."""
+
+    metadata: Metadata
+    buckets: Buckets
+    sampler: BucketSampler
+    dataset: VideoTextDataset
+
+    def loader(self, config: TrainConfig, pin_memory: bool) -> DataLoader:
+        """Batches from the sampler's present position on, without end."""
+        return make_loader(
+            self.dataset,
+            self.sampler,
+            num_workers=config.dataset.num_workers,
+            pin_memory=pin_memory,
+            prefetch_factor=config.dataset.prefetch_factor,
+        )
+
+
+def build_data(
+    config: TrainConfig, processes: Processes, diffusion: IDDPM, posterior_noise: bool, data_path: str | None = None
+) -> Data:
+    """Reads the metadata and plans the first epoch.
+
+    Args:
+        posterior_noise: whether the autoencoder samples, and batches bring the noise for it.
+        data_path: another table than the training one.
+
+    Raises:
+        ConfigError: nothing there, or nothing that fits the buckets, the batch sizes or the number of processes.
+    """
+    table = data_path or config.dataset.data_path
+    if not processes.is_main:
+        processes.barrier()  # the main process probes what is missing; the others find its cache
+    metadata = load_metadata(table, cache_dir=config.dataset.cache_dir, progress=processes.is_main)
+    if processes.is_main:
+        processes.barrier()
+    buckets = make_buckets(config)
+    sampler = BucketSampler(
+        metadata.num_frames,
+        metadata.height,
+        metadata.width,
+        buckets,
+        seed=config.seed,
+        frame_interval=config.dataset.frame_interval,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        grad_accumulation=config.grad_accumulation,
+        drop_last=config.dataset.drop_last,
+    )
+    dataset = VideoTextDataset(
+        metadata,
+        buckets,
+        seed=config.seed,
+        frame_interval=config.dataset.frame_interval,
+        mask_sampler=MaskGenerator(config.mask_ratios).mask,
+        timestep_sampler=diffusion.sample_timestep,
+        caption_dropout=config.model.class_dropout_prob,
+        latent_channels=config.model.in_channels,
+        posterior_noise=posterior_noise,
+    )
+    return Data(metadata, buckets, sampler, dataset)
+
+
+def build_diffusion(config: TrainConfig) -> IDDPM:
+    return SCHEDULES[config.scheduler.type](config.scheduler.num_timesteps)
+
+
+def build_encoders(config: TrainConfig, device: torch.device):
+    """(autoencoder, text encoder), frozen, on `device`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    vae = load_autoencoder(
+        config.vae.from_pretrained, device=device, dtype=dtype, micro_batch_size=config.vae.micro_batch_size
+    )
+    text = load_text_encoder(
+        config.text_encoder.from_pretrained,
+        max_length=config.text_encoder.model_max_length,
+        device=device,
+        dtype=dtype,
+    )
+    if vae.latent_channels != config.model.in_channels:
+        remedy = f"the autoencoder {config.vae.from_pretrained} gives {vae.latent_channels} channels; use that number"
+        raise ConfigError("model.in_channels", config.model.in_channels, remedy)
+    return vae, text
+
+
+def build_model(config: TrainConfig, caption_channels: int) -> STDiT2:
+    """The model in fp32 on the CPU, with its initial or loaded weights.
+
+    Raises:
+        ConfigError: unreadable weights, or weights that do not fit, with the list.
+    """
+    wanted = model_config(config, caption_channels)
+    source = config.model.from_pretrained
+    if source is None:
+        return STDiT2(wanted)
+    kind = _weights_format(config)
+    if kind == "pixart":
+        model = STDiT2.from_pixart(source, wanted)
+    elif kind == "open-sora":
+        model = STDiT2.from_open_sora(source, backend=config.model.backend)
+    else:
+        if not Path(source).exists() and source.count("/") != 1:
+            raise ConfigError("model.from_pretrained", source, "there is no such folder")
+        model = STDiT2.from_pretrained(source, backend=config.model.backend, dtype=torch.float32)
+    for key in ("hidden_size", "depth", "num_heads", "caption_channels", "in_channels", "qk_norm", "model_max_length"):
+        found, want = getattr(model.config, key), getattr(wanted, key)
+        if found != want:
+            raise ConfigError(f"model.{key}", want, f"the weights at {source} have {found}; use that")
+    for key in ("input_sq_size", "class_dropout_prob"):
+        setattr(model.config, key, getattr(wanted, key))
+    for key in LEGACY_KEYS:
+        if (choice := getattr(config.model, key)) is not None and choice != getattr(model.config, key):
+            raise ConfigError(f"model.{key}", choice, f"the weights at {source} were trained with {not choice}")
+    return model
+
+
+def _weights_format(config: TrainConfig) -> str:
+    if config.model.format != "auto":
+        return config.model.format
+    path = Path(config.model.from_pretrained)
+    if path.suffix == ".pth":
+        return "pixart"
+    described = path / "config.json"
+    if described.is_file():
+        return "stdit-fast" if json.loads(described.read_text()).get("model_type") == "stdit2" else "open-sora"
+    return "open-sora" if path.exists() else "stdit-fast"
+
+
+def build_optimizer(config: TrainConfig, model: STDiT2, device: torch.device) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=config.lr,
+        betas=tuple(config.adam_betas),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",
+    )

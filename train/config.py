@@ -1,0 +1,373 @@
+"""The training configuration: one schema, filled from YAML and the command line, checked before anything starts.
+
+Names follow Open-Sora's own configs where it has them (`dataset`, `vae`, `text_encoder`, `scheduler`,
+`mask_ratios`, `grad_checkpoint`, `ckpt_every`, `load`).
+"""
+
+import dataclasses
+import logging
+import math
+import sys
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from stdit_fast.train.buckets import Buckets
+
+from stdit_fast.diffusion import SCHEDULES, MaskGenerator
+from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.model.config import STDiT2Config
+
+logger = logging.getLogger(__name__)
+
+PLUGINS = ("auto", "zero2", "ddp")
+DTYPES = ("auto", "bf16", "fp32")
+MODEL_FORMATS = ("auto", "stdit-fast", "open-sora", "pixart")
+WEIGHTINGS = ("batch", "sample")
+
+
+@dataclass
+class DatasetConfig:
+    """Where the samples come from.
+
+    Attributes:
+        data_path: metadata table, CSV or Parquet, with path and text, and num_frames, height, width, fps where known.
+        frame_interval: a clip takes every n-th frame.
+        num_workers: decoding processes a rank; 0 decodes in the training process.
+        prefetch_factor: batches each worker keeps ready.
+        drop_last: drop what fills no batch; false pads by repetition.
+        max_bad_share: share of samples that may be unusable before the run stops.
+        cache_dir: where probed sizes are kept; beside the table if not given.
+    """
+
+    data_path: str | None = None
+    frame_interval: int = 3
+    num_workers: int = 4
+    prefetch_factor: int = 2
+    drop_last: bool = True
+    max_bad_share: float = 0.05
+    cache_dir: str | None = None
+
+
+@dataclass
+class ModelConfig:
+    """The transformer; see STDiT2Config for its own keys.
+
+    Attributes:
+        from_pretrained: weights to start from, a path or a hub name.
+        format: of those weights: "stdit-fast" (a `save_pretrained` folder), "open-sora" (1.1), "pixart" (alpha),
+            or "auto": pixart for a .pth file, stdit-fast for a folder whose config.json is ours, else open-sora.
+        qk_norm_legacy, final_layer_legacy: reproduce Open-Sora 1.1; not given: as the weights want it, else false.
+    """
+
+    from_pretrained: str | None = None
+    format: str = "auto"
+    input_sq_size: int = 512
+    in_channels: int = 4
+    hidden_size: int = 1152
+    depth: int = 28
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    qk_norm: bool = True
+    qk_norm_legacy: bool | None = None
+    final_layer_legacy: bool | None = None
+    backend: str = "auto"
+
+
+@dataclass
+class VaeConfig:
+    """The video autoencoder.
+
+    Attributes:
+        from_pretrained: path or hub name of a diffusers AutoencoderKL, or "patch-codec", the embedded default.
+        micro_batch_size: frames encoded at once; null: all.
+    """
+
+    from_pretrained: str = "patch-codec"
+    micro_batch_size: int | None = 4
+
+
+@dataclass
+class TextEncoderConfig:
+    """The text encoder.
+
+    Attributes:
+        from_pretrained: path or hub name of a T5 encoder, or "minilm-embeddings", the embedded default.
+        model_max_length: tokens of a caption at most.
+    """
+
+    from_pretrained: str = "minilm-embeddings"
+    model_max_length: int = 200
+
+
+@dataclass
+class SchedulerConfig:
+    """Diffusion: "iddpm", or "iddpm-speed" (SpeeDiT) for the first phase of training."""
+
+    type: str = "iddpm"
+    num_timesteps: int = 1000
+
+
+@dataclass
+class ValidationConfig:
+    """A loss on fixed samples, timesteps and noise.
+
+    Attributes:
+        every: optimizer steps between two; 0: never.
+        data_path: metadata table; null: samples of the training table.
+        batches_per_bucket: how many batches of each bucket are kept for it.
+    """
+
+    every: int = 0
+    data_path: str | None = None
+    batches_per_bucket: int = 1
+
+
+@dataclass
+class TrainConfig:
+    """Everything a run needs.
+
+    Attributes:
+        buckets: resolution -> {num_frames: [keep_prob, batch size a GPU]}.
+        resolutions: JSON file with further resolutions, which win over those of the package. The file is looked
+            for under the name given, then beside the shipped configs.
+        mask_ratios: share of each mask strategy, summing to 1.
+        outputs: folder of the run: checkpoints/, metrics.jsonl, tensorboard/, bad_samples.jsonl.
+        seed: of all randomness, together with epoch and sample.
+        plugin: "zero2" (GPU), "ddp" (CPU, gloo), "auto".
+        dtype: "bf16" with fp32 masters (zero2), "fp32" (ddp), "auto".
+        steps: optimizer steps in all.
+        grad_accumulation: batches a rank and step.
+        loss_weighting: "batch" (mean over batches, as the original) or "sample" (batches weigh by their samples).
+        lr, weight_decay, adam_betas, adam_eps, warmup_steps: AdamW with linear warm-up, then constant.
+        grad_clip: global gradient norm at most; 0: no clipping.
+        ema_decay: of the averaged weights; 0: none are kept.
+        grad_checkpoint: recompute in the backward pass: false, true (all blocks), or a number of blocks.
+        load: a checkpoint of ours to start another stage from; counting begins anew.
+        load_optimizer: with `load`, take the optimizer's state along.
+        resume: go on from the newest checkpoint in `outputs`, if there is one.
+        ckpt_every: steps between checkpoints; keep_checkpoints: how many stay.
+        log_every: steps between lines in TensorBoard (metrics.jsonl has every step).
+        max_skipped_in_a_row: non-finite steps in a row that stop the run.
+        wandb: log to Weights & Biases too.
+    """
+
+    buckets: dict = field(default_factory=dict)
+    resolutions: str | None = None
+    mask_ratios: dict[str, float] = field(default_factory=dict)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    outputs: str = "outputs"
+    seed: int = 42
+    plugin: str = "auto"
+    dtype: str = "auto"
+    steps: int = 100000
+    grad_accumulation: int = 1
+    loss_weighting: str = "batch"
+    lr: float = 2e-5
+    weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-8
+    warmup_steps: int = 0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+    grad_checkpoint: bool | int = False
+    load: str | None = None
+    load_optimizer: bool = True
+    resume: bool = True
+    ckpt_every: int = 500
+    keep_checkpoints: int = 3
+    log_every: int = 10
+    max_skipped_in_a_row: int = 10
+    wandb: bool = False
+
+
+# ------------------------------------------------------------------- reading
+
+
+def parse(arguments: list[str] | None = None) -> TrainConfig:
+    """The configuration of a command line: `--config FILE [--any.key value ...]`, the latter winning.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one) or a value that cannot be.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _check_command_line(arguments)
+    _check_config_files(arguments)
+    parser = ArgumentParser(prog="stdit_fast.train", exit_on_error=False, description="Trains an STDiT-2.")
+    parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
+    parser.add_class_arguments(TrainConfig)
+    try:
+        parsed = parser.parse_args(arguments)
+    except Exception as error:  # argparse's, jsonargparse's and yaml's own error types, told apart by their text only
+        raise _explain(error) from error
+    parsed.pop("config", None)
+    config = _to_dataclass(TrainConfig, parser.instantiate_classes(parsed))
+    check(config)
+    return config
+
+
+def _to_dataclass(cls: type, values: Namespace | dict):
+    """Builds nested dataclasses from the parser's namespace."""
+    values = values.as_dict() if isinstance(values, Namespace) else dict(values)
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(f.type) and not dataclasses.is_dataclass(values.get(f.name)):
+            values[f.name] = _to_dataclass(f.type, values[f.name])
+    return cls(**values)
+
+
+def known_keys(cls: type = TrainConfig, prefix: str = "") -> list[str]:
+    """All dotted keys of a config class."""
+    keys = []
+    for f in dataclasses.fields(cls):
+        keys.append(prefix + f.name)
+        if dataclasses.is_dataclass(f.type):
+            keys += known_keys(f.type, f"{prefix}{f.name}.")
+    return keys
+
+
+def _check_config_files(arguments: list[str]) -> None:
+    """Reads the YAML files named on the command line and refuses keys that the schema does not have."""
+    for i, argument in enumerate(arguments):
+        name, _, value = argument.partition("=")
+        if name != "--config":
+            continue
+        path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
+        if not path.is_file():
+            raise ConfigError("--config", str(path), "there is no such file; give a YAML file, see train/configs/")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ConfigError("--config", str(path), f"it is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError("--config", str(path), "it should hold keys and values")
+        _check_keys(content, TrainConfig, "", str(path))
+
+
+def _check_keys(content: dict, cls: type, prefix: str, source: str) -> None:
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
+    for key, value in content.items():
+        if key not in fields:
+            raise ConfigError(f"{prefix}{key}", value, f"{source} has an unknown key; {nearest(key, fields)}")
+        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            _check_keys(value, fields[key], f"{prefix}{key}.", source)
+
+
+def _check_command_line(arguments: list[str]) -> None:
+    """Refuses `--keys` that the schema does not have; argparse would take an abbreviation for a key."""
+    known = known_keys()
+    for argument in arguments:
+        key = argument.partition("=")[0].removeprefix("--")
+        if not argument.startswith("--") or key in ("config", "help") or key.startswith("print_"):
+            continue
+        if key not in known and not key.startswith(("buckets.", "mask_ratios.")):
+            raise ConfigError(key, "command line", f"there is no such key; {nearest(key, known)}")
+
+
+def _explain(error: Exception) -> ConfigError:
+    """A parser's error as ours."""
+    text = " ".join(str(error).split())
+    key = next((k for k in sorted(known_keys(), key=len, reverse=True) if f'"{k}"' in text), "config")
+    return ConfigError(key, "as given", text)
+
+
+# ------------------------------------------------------------------ checking
+
+
+def check(config: TrainConfig) -> None:
+    """Holds the values against each other and against what exists, before anything slow starts.
+
+    Raises:
+        ConfigError: the first that cannot be.
+    """
+    for key, choices in (
+        ("plugin", PLUGINS),
+        ("dtype", DTYPES),
+        ("loss_weighting", WEIGHTINGS),
+        ("scheduler.type", tuple(SCHEDULES)),
+        ("model.format", MODEL_FORMATS),
+    ):
+        value = _get(config, key)
+        if value not in choices:
+            raise ConfigError(key, value, nearest(value, choices))
+    for key in ("steps", "grad_accumulation", "keep_checkpoints", "ckpt_every", "log_every", "max_skipped_in_a_row"):
+        _check_range(config, key, 1)
+    for key in ("warmup_steps", "seed", "dataset.num_workers", "validation.every", "weight_decay", "grad_clip"):
+        _check_range(config, key, 0)
+    for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket"):
+        _check_range(config, key, 1)
+    _check_range(config, "lr", 0)
+    _check_range(config, "ema_decay", 0, 1)
+    _check_range(config, "dataset.max_bad_share", 0, 1)
+    if config.vae.micro_batch_size is not None:
+        _check_range(config, "vae.micro_batch_size", 1)
+    if config.plugin == "zero2" and config.dtype == "fp32":
+        raise ConfigError("dtype", "fp32", "zero2 trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp")
+    if config.plugin == "ddp" and config.dtype == "bf16":
+        raise ConfigError("dtype", "bf16", "ddp trains in fp32; use dtype fp32, or plugin zero2")
+    depth = config.model.depth
+    if not isinstance(config.grad_checkpoint, bool) and not 0 <= config.grad_checkpoint <= depth:
+        raise ConfigError("grad_checkpoint", config.grad_checkpoint, f"use false, true or 0 to model.depth = {depth}")
+    if config.dataset.data_path is None:
+        raise ConfigError("dataset.data_path", None, "name the metadata table (CSV or Parquet) of the training samples")
+    for key in ("dataset.data_path", "validation.data_path", "load"):
+        path = _get(config, key)
+        if path is not None and not Path(path).exists():
+            raise ConfigError(key, path, "there is no such file")
+    MaskGenerator(config.mask_ratios)
+    make_buckets(config)
+    model_config(config, caption_channels=1)
+
+
+def _get(config: TrainConfig, key: str):
+    value = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _check_range(config: TrainConfig, key: str, low: float, high: float = math.inf) -> None:
+    value = _get(config, key)
+    if not low <= value <= high:
+        bounds = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+        raise ConfigError(key, value, f"use a value {bounds}")
+
+
+def make_buckets(config: TrainConfig) -> Buckets:
+    """The buckets of a configuration; raises ConfigError for a table that cannot be."""
+    return Buckets(config.buckets, _resolutions_file(config.resolutions))
+
+
+def _resolutions_file(name: str | None) -> Path | None:
+    """A table of sizes: the user's file of that name, else one that stands beside the shipped configs."""
+    if name is None or Path(name).is_file():
+        return None if name is None else Path(name)
+    shipped = Path(__file__).with_name("configs") / name
+    if not shipped.is_file():
+        raise ConfigError("resolutions", name, f"there is no such file, here or in {shipped.parent}")
+    return shipped
+
+
+def model_config(config: TrainConfig, caption_channels: int) -> STDiT2Config:
+    """The model's own configuration; `caption_channels` is the text encoder's width."""
+    keys = {f.name for f in dataclasses.fields(ModelConfig)} - {"from_pretrained", "format"}
+    chosen = {key: getattr(config.model, key) for key in keys}
+    legacy = {key: bool(chosen.pop(key)) for key in ("qk_norm_legacy", "final_layer_legacy")}
+    return STDiT2Config(
+        **chosen,
+        **legacy,
+        caption_channels=caption_channels,
+        model_max_length=config.text_encoder.model_max_length,
+    )
+
+
+def to_dict(config: TrainConfig) -> dict:
+    """Plain values, for the record that lies beside a checkpoint."""
+    return typing.cast(dict, dataclasses.asdict(config))

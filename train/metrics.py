@@ -1,0 +1,107 @@
+"""Where a run's numbers go: metrics.jsonl (every step), TensorBoard, Weights & Biases, the progress bar."""
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from stdit_fast.errors import ConfigError
+
+
+class Metrics:
+    """The record of one run; only the main process has one.
+
+    Args:
+        folder: of the run.
+        start, steps: step that the run goes on from, and its last.
+        log_every: steps between points in TensorBoard.
+        wandb: log to Weights & Biases too, under the folder's name.
+        config: recorded with it.
+    """
+
+    def __init__(self, folder: Path, start: int, steps: int, log_every: int, wandb: bool, config: dict):
+        self.log_every = log_every
+        self.file = folder / "metrics.jsonl"
+        _forget_after(self.file, start)
+        self._lines = open(self.file, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
+        self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._bucket_times: dict[str, list[float]] = defaultdict(list)
+        self._wandb = _start_wandb(folder, config) if wandb else None
+
+    def step(self, step: int, values: dict, bucket: str) -> None:
+        """Records one step: `values` by name, numbers only; `bucket` is this process's own."""
+        line = {"step": step, "bucket": bucket} | values
+        self._lines.write(json.dumps(line) + "\n")
+        self._bucket_times[bucket].append(values["step_seconds"])
+        shown = {
+            "loss": f"{values['loss']:.4f}",
+            "norm": f"{values['grad_norm']:.2f}",
+            "tok/s": f"{values['tokens_per_second']:.0f}",
+            "wait": f"{values['wait_share']:.0%}",
+            "bad": int(values["bad_samples"]),
+            "skipped": int(values["skipped_steps"]),
+            "bucket": bucket,
+        }
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if step % self.log_every == 0:
+            self._to_boards(step, values | {f"step_seconds/{bucket}": values["step_seconds"]})
+
+    def validation(self, step: int, loss: float, per_bucket: dict[str, float]) -> None:
+        """Records a validation loss, in all and by bucket."""
+        self._lines.write(json.dumps({"step": step, "val_loss": loss, "val_loss_per_bucket": per_bucket}) + "\n")
+        self._to_boards(step, {"val_loss": loss} | {f"val_loss/{name}": v for name, v in per_bucket.items()})
+
+    def message(self, text: str) -> None:
+        """A line above the progress bar."""
+        self._bar.write(text)
+
+    def summary(self) -> str:
+        """Median step time of every bucket, as a small table."""
+        if not self._bucket_times:
+            return ""
+        rows = [f"{name:<24}{len(t):>7}{sorted(t)[len(t) // 2]:>10.3f} s" for name, t in self._bucket_times.items()]
+        return "\n".join([f"{'bucket':<24}{'steps':>7}{'median':>12}", *sorted(rows)])
+
+    def close(self) -> None:
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _to_boards(self, step: int, values: dict) -> None:
+        finite = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for name, value in finite.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(finite, step=step)
+
+
+def _forget_after(file: Path, step: int) -> None:
+    """Drops lines of steps that a resumed run does again, and a line that a killed run left half written."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue
+    draft = file.with_suffix(".tmp")
+    draft.write_text("".join(kept))
+    os.replace(draft, file)
+
+
+def _start_wandb(folder: Path, config: dict):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("wandb", True, "it is not installed; run `pip install wandb`, or use wandb: false") from error
+    return wandb.init(project="stdit-fast", name=folder.name, dir=folder, config=config, resume="allow")

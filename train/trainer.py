@@ -1,0 +1,347 @@
+"""The training loop. `Trainer.__init__` builds, `train` loops, `train_step` is one step; read them in that order."""
+
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from stdit_fast.errors import ConfigError
+from stdit_fast.parallel.processes import launch
+from stdit_fast.reporting import report
+from stdit_fast.train import checkpoint
+from stdit_fast.train.bad_samples import BadSamples
+from stdit_fast.train.build import build_data, build_diffusion, build_encoders, build_model, build_optimizer
+from stdit_fast.train.checkpoint import Checkpoints, TrainState
+from stdit_fast.train.config import TrainConfig, to_dict
+from stdit_fast.train.ema import EMA
+from stdit_fast.train.metrics import Metrics
+from stdit_fast.train.validation import Validation
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, and says why."""
+
+
+class Trainer:
+    """One run on this process; all processes of the run hold one each.
+
+    Raises:
+        ConfigError: whatever of the configuration, the data or the weights cannot be, before the first step.
+    """
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.processes = launch(config.seed)
+        from colossalai.booster import Booster  # after launch, which keeps its import quiet
+
+        from stdit_fast.parallel.plugins import ReplicatedPlugin, ShardedPlugin
+
+        self.device = self.processes.device
+        self.folder = Path(config.outputs)
+        self.diffusion = build_diffusion(config)
+        plugin_class = {"zero2": ShardedPlugin, "ddp": ReplicatedPlugin}[self._plugin_name()]
+
+        self.vae, self.text_encoder = build_encoders(config, self.device)
+        self.data = build_data(config, self.processes, self.diffusion, self.vae.uses_posterior_noise)
+        self.validation = self._build_validation()
+
+        model = build_model(config, self.text_encoder.channels)
+        model.set_checkpointing({True: "all", False: "off"}.get(config.grad_checkpoint, config.grad_checkpoint))
+        model.train()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes))
+        optimizer = build_optimizer(config, model, self.device)
+        self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        ema = EMA(self.optimizer.masters, config.ema_decay) if config.ema_decay > 0 else None
+        self.state = TrainState(self.model.unwrap(), buffers, self.optimizer, ema)
+
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, self.processes)
+        self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
+        self.step = self.saved_step = 0
+        self.skipped = self.skipped_in_a_row = 0
+        self._stop_signal: int | None = None
+        self._restore()
+
+    # -------------------------------------------------------------- the loop
+
+    def train(self) -> Path | None:
+        """Trains to the last step, or until SIGTERM or SIGINT; answers the last checkpoint."""
+        self._listen_for_signals()
+        self.metrics = self._open_metrics()
+        self._announce()
+        batches = iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda"))
+        try:
+            while self.step < self.config.steps and not self._stop_signal:
+                self.train_step(batches)
+                if self._due(self.config.validation.every):
+                    self.validate()
+                if self._due(self.config.ckpt_every):
+                    self.save()
+            return self.save(last=True)
+        finally:
+            if self.metrics:
+                self.metrics.message(self.metrics.summary())
+                self.metrics.close()
+
+    def train_step(self, batches: Iterator[dict]) -> None:
+        """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step, records."""
+        started, waited = time.perf_counter(), 0.0
+        self._set_learning_rate()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, mse, vb, weighted
+        counts = {"tokens": 0, "samples": 0}
+        micro_batches = []
+        for i in range(self.config.grad_accumulation):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            micro_batches.append(batch)
+            counts["tokens"] += token_count(batch, self.state.model.config.patch_size)
+            counts["samples"] += len(batch["samples"])
+            with self._without_sync(last=i == self.config.grad_accumulation - 1):
+                losses = self.losses(self.model, batch)
+                weight = self._weight(batch)
+                self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
+            sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
+
+        stop = 0.0 if self._stop_signal is None else 1.0
+        bad = sum(len(batch["bad"]) for batch in micro_batches)
+        totals = self.processes.sum([*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, stop])
+        loss, mse, vb = (value / self.processes.world_size for value in totals[:3])
+        if totals[-1] and self._stop_signal is None:
+            self._stop_signal = int(signal.SIGTERM)  # another process was told to stop: all leave together
+        grad_norm = self._update(loss)
+
+        self.step += 1
+        self.data.sampler.advance()
+        self._count_bad_samples(micro_batches, bad=int(totals[6]), seen=int(totals[4]))
+        seconds = time.perf_counter() - started
+        if self.metrics:
+            values = {
+                "loss": loss,
+                "mse": mse,
+                "vb": vb,
+                "grad_norm": grad_norm,
+                "lr": self._learning_rate(),
+                "tokens_per_second": totals[3] / seconds,
+                "step_seconds": seconds,
+                "wait_share": totals[5] / self.processes.world_size / seconds,
+                "bad_samples": self.bad_samples.count,
+                "skipped_steps": self.skipped,
+                "truncated_captions": self.text_encoder.truncated,
+                "epoch": micro_batches[-1]["request"].epoch,
+            }
+            self.metrics.step(self.step, values, self.data.buckets[micro_batches[-1]["bucket"]].name)
+        self._check_finite(loss, grad_norm, micro_batches)
+
+    def losses(self, model, batch: dict) -> dict[str, torch.Tensor]:
+        """Encodes a batch and answers the diffusion's loss, mse and vb of each sample: [B]."""
+        on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        with torch.no_grad():
+            latents = self.vae.encode(on_device["video"], on_device.get("posterior_noise")).float()
+            text = self.text_encoder.encode(batch["text"])
+        scalars = {key: on_device[key] for key in ("num_frames", "height", "width", "ar", "fps")}
+        arguments = {"y": text.states, "mask": text.mask, "drop_caption": on_device["drop_caption"], **scalars}
+        return self.diffusion.training_losses(
+            model, latents, on_device["timestep"], arguments, noise=on_device["noise"], mask=on_device["x_mask"]
+        )
+
+    # ------------------------------------------------------- parts of a step
+
+    def _update(self, loss: float) -> float:
+        """The optimizer's and the average's step; nothing changes where loss or gradient are not finite."""
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad()
+            return math.nan
+        grad_norm = self.optimizer.guarded_step()
+        if math.isfinite(grad_norm) and self.state.ema is not None:
+            self.state.ema.update(self.optimizer.masters)
+        return grad_norm
+
+    def _weight(self, batch: dict) -> float:
+        """Weight of a batch's mean loss, such that the mean over processes of their sums is the step's loss."""
+        if self.config.loss_weighting == "batch":
+            return 1 / self.config.grad_accumulation
+        return len(batch["samples"]) * self.processes.world_size / batch["request"].step_samples
+
+    def _without_sync(self, last: bool):
+        """Keeps gradients local until the last micro-batch, where the plugin can (ZeRO-2 reduces each)."""
+        if last or not self.booster.plugin.support_no_sync():
+            return nullcontext()
+        return self.booster.no_sync(self.model, self.optimizer)
+
+    def _learning_rate(self) -> float:
+        return self.config.lr * min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
+
+    def _set_learning_rate(self) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+
+    def _count_bad_samples(self, batches: list[dict], bad: int, seen: int) -> None:
+        found = [entry for batch in batches for entry in batch["bad"]]
+        if bad and self.processes.world_size > 1:
+            found = [entry for part in self.processes.gather_objects(found) for entry in part]
+        self.bad_samples.record(found, seen, write=self.processes.is_main)
+
+    def _check_finite(self, loss: float, grad_norm: float, batches: list[dict]) -> None:
+        """Counts a skipped step, names its samples, and stops the run after too many in a row."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        own = [(self.data.buckets[b["bucket"]].name, [self.data.metadata.row(int(i)).path for i in b["samples"]])
+               for b in batches]
+        everyone = self.processes.gather_objects(own)
+        named = "; ".join(
+            f"rank {rank}, bucket {bucket}: {', '.join(paths)}"
+            for rank, part in enumerate(everyone)
+            for bucket, paths in part
+        )
+        text = f"step {self.step} skipped: loss {loss:g}, gradient norm {grad_norm:g}; batch of {named}"
+        if self.metrics:
+            self.metrics.message(text)
+            with open(self.folder / "skipped_steps.jsonl", "a") as file:
+                file.write(json.dumps({"step": self.step, "loss": str(loss), "batches": everyone}) + "\n")
+        if self.skipped_in_a_row >= self.config.max_skipped_in_a_row:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row were not finite; the last: {text}. Lower lr, look at these "
+                f"samples, or raise max_skipped_in_a_row"
+            )
+
+    # ------------------------------------------------------------ validation
+
+    def _build_validation(self) -> Validation | None:
+        settings = self.config.validation
+        if not settings.every:
+            return None
+        data = self.data
+        if settings.data_path is not None:
+            data = build_data(
+                self.config, self.processes, self.diffusion, self.vae.uses_posterior_noise, settings.data_path
+            )
+        return Validation(data, settings.batches_per_bucket, self.processes)
+
+    def validate(self) -> float:
+        """The loss on the fixed samples, logged; the training goes on unchanged."""
+        bare = self.state.model
+        bare.eval()
+        loss, per_bucket = self.validation.run(lambda batch: self.losses(bare, batch)["loss"])
+        bare.train()
+        if self.metrics:
+            self.metrics.validation(self.step, loss, per_bucket)
+        return loss
+
+    # ------------------------------------------------- checkpoints and signals
+
+    def save(self, last: bool = False) -> Path | None:
+        """Writes a checkpoint, unless this step has one. A disk that refuses stops the run only at its end."""
+        if self.saved_step == self.step:
+            return self.checkpoints.newest()
+        progress = {
+            "optimizer_steps": checkpoint.optimizer_steps(self.optimizer),
+            "sampler": self.data.sampler.state_dict(),
+            "bad_samples": self.bad_samples.state_dict(),
+            "skipped_steps": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "truncated_captions": self.text_encoder.truncated,
+            "config": to_dict(self.config),
+        }
+        try:
+            path = self.checkpoints.save(self.step, self.state, progress)
+        except OSError as error:
+            if last:
+                raise
+            if self.metrics:
+                self.metrics.message(f"{error}; the training goes on, the next try is at the next ckpt_every")
+            return None
+        self.saved_step = self.step
+        return path
+
+    def _restore(self) -> None:
+        """Goes on from the newest checkpoint of this run, else starts from the one in `load`, if any."""
+        newest = self.checkpoints.newest() if self.config.resume else None
+        if newest is not None:
+            progress = checkpoint.load(newest, self.state)
+            checkpoint.load_rng(newest, self.processes)
+            self.step = self.saved_step = progress["step"]
+            self.skipped, self.skipped_in_a_row = progress["skipped_steps"], progress["skipped_in_a_row"]
+            self.bad_samples.load_state_dict(progress["bad_samples"])
+            self.text_encoder.truncated = progress["truncated_captions"]
+            self._restore_position(progress)
+            logger.info("resumed from %s", newest)
+        elif self.config.load is not None:
+            checkpoint.load(self.config.load, self.state, with_optimizer=self.config.load_optimizer)
+            logger.info("started from %s, %s its optimizer state", self.config.load,
+                        "with" if self.config.load_optimizer else "without")  # fmt: skip
+
+    def _restore_position(self, progress: dict) -> None:
+        """The place in the data; other buckets or data make another order, so that the next epoch is begun."""
+        saved, now = progress["config"], json.loads(json.dumps(to_dict(self.config)))
+        changed = [key for key in ("buckets", "resolutions", "dataset") if _order_of(saved[key]) != _order_of(now[key])]
+        position = dict(progress["sampler"])
+        if changed:
+            position.update(epoch=position["epoch"] + 1, position=0)
+            logger.warning("%s changed since the checkpoint: going on with epoch %d", changed, position["epoch"])
+        self.data.sampler.load_state_dict(position)
+
+    def _listen_for_signals(self) -> None:
+        def note(number, frame):
+            self._stop_signal = number
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    # ----------------------------------------------------------------- small
+
+    def _plugin_name(self) -> str:
+        """The plugin by name; refuses one that cannot run here."""
+        wanted, on_gpu = self.config.plugin, self.device.type == "cuda"
+        chosen = ("zero2" if on_gpu else "ddp") if wanted == "auto" else wanted
+        if chosen == "zero2" and not on_gpu:
+            raise ConfigError("plugin", wanted, "zero2 needs a GPU, and none is visible; use ddp or auto")
+        precision = {"zero2": "bf16", "ddp": "fp32"}[chosen]
+        if self.config.dtype not in ("auto", precision):
+            raise ConfigError("dtype", self.config.dtype, f"the plugin {chosen} trains in {precision}; use that or auto")
+        return chosen
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    def _open_metrics(self) -> Metrics | None:
+        if not self.processes.is_main:
+            return None
+        config = self.config
+        return Metrics(self.folder, self.step, config.steps, config.log_every, config.wandb, to_dict(config))
+
+    def _announce(self) -> None:
+        """What runs, on what and with which kernels, before the first step."""
+        if not self.metrics:
+            return
+        parameters = sum(p.numel() for p in self.state.model.parameters())
+        self.metrics.message(str(report()))
+        self.metrics.message(
+            f"\n{parameters / 1e6:.1f} M parameters, {self._plugin_name()} on {self.processes.world_size} x "
+            f"{self.device.type}, {self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
+        )
+        self.metrics.message(self.data.sampler.plan(self.data.sampler.epoch).describe(self.data.buckets) + "\n")
+
+
+def token_count(batch: dict, patch_size: list[int]) -> int:
+    """Video tokens of a batch: B * T * ceil(h/p) * ceil(w/q) of its latents."""
+    samples, _, frames, rows, columns = batch["noise"].shape
+    return samples * frames * -(-rows // patch_size[1]) * -(-columns // patch_size[2])
+
+
+def _order_of(value):
+    """The part of a setting that decides the order of the samples."""
+    if isinstance(value, dict) and "data_path" in value:
+        return {key: value[key] for key in ("data_path", "frame_interval", "drop_last")}
+    return value

@@ -11,6 +11,18 @@ from stdit_fast.ops import mlp
 SINUSOID_CHANNELS = 256
 
 
+class Linear(nn.Linear):
+    """A Linear that knows its initial weight, as only leaves are asked for theirs.
+
+    Args:
+        initial_std: of a normal initial weight; 0: zeros; None: Xavier uniform.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, initial_std: float | None = None):
+        self.initial_std = initial_std
+        super().__init__(channels_in, channels_out)
+
+
 def sinusoid(value: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float = 10000.0) -> Tensor:
     """cat(cos, sin) of value * max_period^(-i/half), i < half = channels/2 (the timestep embedding of DDPM).
 
@@ -30,9 +42,11 @@ def sinusoid(value: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float
 class ScalarEmbedder(nn.Module):
     """A number (timestep, pixels, ratio, frames, frames/s) to a vector: sinusoid, Linear, SiLU, Linear."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, initial_std: float | None = None):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(SINUSOID_CHANNELS, channels), nn.SiLU(), nn.Linear(channels, channels))
+        self.mlp = nn.Sequential(
+            Linear(SINUSOID_CHANNELS, channels, initial_std), nn.SiLU(), Linear(channels, channels, initial_std)
+        )
 
     def forward(self, *values: Tensor) -> Tensor:
         """k values of shape [B] to [B, k*channels]: embedded one by one, concatenated in order."""
@@ -48,7 +62,7 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, caption_channels: int, channels: int, max_tokens: int):
         super().__init__()
-        self.y_proj = Mlp(caption_channels, channels, channels)
+        self.y_proj = Mlp(caption_channels, channels, channels, initial_std=0.02)
         self.register_buffer("y_embedding", torch.empty(max_tokens, caption_channels))
 
     def forward(self, y: Tensor, drop: Tensor | None) -> Tensor:
@@ -68,10 +82,10 @@ class CaptionEmbedder(nn.Module):
 class Mlp(nn.Module):
     """fc1, GELU(tanh), fc2."""
 
-    def __init__(self, channels_in: int, hidden: int, channels_out: int):
+    def __init__(self, channels_in: int, hidden: int, channels_out: int, initial_std: float | None = None):
         super().__init__()
-        self.fc1 = nn.Linear(channels_in, hidden)
-        self.fc2 = nn.Linear(hidden, channels_out)
+        self.fc1 = Linear(channels_in, hidden, initial_std)
+        self.fc2 = Linear(hidden, channels_out, initial_std)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

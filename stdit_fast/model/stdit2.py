@@ -20,7 +20,14 @@ from transformers import initialization as init
 from stdit_fast import ops
 from stdit_fast.errors import ConfigError
 from stdit_fast.model.config import STDiT2Config
-from stdit_fast.model.embeddings import CaptionEmbedder, Mlp, RotaryEmbedding, ScalarEmbedder, position_embedding
+from stdit_fast.model.embeddings import (
+    CaptionEmbedder,
+    Linear,
+    Mlp,
+    RotaryEmbedding,
+    ScalarEmbedder,
+    position_embedding,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +43,13 @@ class RMSNormWeight(nn.Module):
 class SelfAttention(nn.Module):
     """Parameters of one self-attention, and its projections around an attention op."""
 
-    def __init__(self, config: STDiT2Config):
+    def __init__(self, config: STDiT2Config, proj_std: float | None = None):
         super().__init__()
         self.heads, self.head_dim = config.num_heads, config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.q_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
         self.k_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size, proj_std)
 
     def project_in(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, T, S, C] to (qkv [B, T, S, 3, H, D], weight of q's norm, weight of k's norm)."""
@@ -58,9 +65,9 @@ class CrossAttention(nn.Module):
     def __init__(self, config: STDiT2Config):
         super().__init__()
         self.heads, self.head_dim = config.num_heads, config.head_dim
-        self.q_linear = nn.Linear(config.hidden_size, config.hidden_size)
-        self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_linear = Linear(config.hidden_size, config.hidden_size)
+        self.kv_linear = Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = Linear(config.hidden_size, config.hidden_size, initial_std=0)
 
     def forward(self, x: Tensor, text: Tensor, layout: ops.TextLayout) -> Tensor:
         q = self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, self.head_dim))
@@ -94,7 +101,7 @@ class STDiT2Block(nn.Module):
         channels = config.hidden_size
         self.rotate_first = config.qk_norm_legacy
         self.attn = SelfAttention(config)
-        self.attn_temp = SelfAttention(config)
+        self.attn_temp = SelfAttention(config, proj_std=0)
         self.cross_attn = CrossAttention(config)
         self.mlp = Mlp(channels, int(channels * config.mlp_ratio), channels)
         self.scale_shift_table = nn.Parameter(torch.empty(6, channels))
@@ -122,7 +129,7 @@ class FinalLayer(nn.Module):
     def __init__(self, config: STDiT2Config):
         super().__init__()
         patch = config.patch_size[1] * config.patch_size[2]
-        self.linear = nn.Linear(config.hidden_size, patch * config.out_channels)
+        self.linear = Linear(config.hidden_size, patch * config.out_channels, initial_std=0)
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.hidden_size))
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -168,9 +175,9 @@ class STDiT2(PreTrainedModel):
         ops.check_backend(config.backend, ops.MODEL_OPS)
         channels = config.hidden_size
         self.x_embedder = PatchEmbed(config)
-        self.t_embedder = ScalarEmbedder(channels)
-        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(channels, 6 * channels))
-        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(channels, 3 * channels))
+        self.t_embedder = ScalarEmbedder(channels, initial_std=0.02)
+        self.t_block = nn.Sequential(nn.SiLU(), Linear(channels, 6 * channels, initial_std=0.02))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), Linear(channels, 3 * channels, initial_std=0.02))
         self.y_embedder = CaptionEmbedder(config.caption_channels, channels, config.model_max_length)
         self.blocks = nn.ModuleList(STDiT2Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
@@ -303,13 +310,17 @@ class STDiT2(PreTrainedModel):
     # ------------------------------------------------------- initial values
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial values of one module, as Open-Sora 1.1 sets them.
+        """Initial values of one module's own parameters and buffers, as Open-Sora 1.1 sets them.
 
-        Also called for what a loaded checkpoint did not fill, so every parameter and buffer has its rule here.
+        transformers calls it for modules with values of their own that no checkpoint has filled, and only for
+        those: a container cannot set its children's.
         """
         # `init` leaves alone what a checkpoint has filled, which torch.nn.init would not.
-        if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+        if isinstance(module, Linear):
+            if module.initial_std is None:
+                init.xavier_uniform_(module.weight)
+            else:
+                init.normal_(module.weight, std=module.initial_std)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Conv3d):  # as the Linear over a flattened patch that it is
             fan_out, fan_in = module.weight.flatten(1).shape
@@ -324,19 +335,10 @@ class STDiT2(PreTrainedModel):
             std = module.scale_shift_table.shape[-1] ** -0.5
             init.normal_(module.scale_shift_table, std=std)
             init.normal_(module.scale_shift_table_temporal, std=std)
-            init.zeros_(module.attn_temp.proj.weight)
-            init.zeros_(module.cross_attn.proj.weight)
         elif isinstance(module, FinalLayer):
             init.normal_(module.scale_shift_table, std=module.scale_shift_table.shape[-1] ** -0.5)
-            init.zeros_(module.linear.weight)
         elif isinstance(module, CaptionEmbedder):
             init.normal_(module.y_embedding, std=module.y_embedding.shape[-1] ** -0.5)
-            init.normal_(module.y_proj.fc1.weight, std=0.02)
-            init.normal_(module.y_proj.fc2.weight, std=0.02)
-        elif isinstance(module, STDiT2):
-            for linear in (*self.t_embedder.mlp, *self.t_block, *self.t_block_temp):
-                if isinstance(linear, nn.Linear):
-                    init.normal_(linear.weight, std=0.02)
 
     # -------------------------------------------------------------- loading
 

@@ -1,0 +1,36 @@
+"""Shared by all tests: two threads, quiet libraries, the golden tensors of the original system."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from safetensors import safe_open
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def two_threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """golden(name) -> (tensors by name, metadata) of tests/data/NAME.safetensors."""
+
+    def read(name: str):
+        with safe_open(DATA / f"{name}.safetensors", "pt") as content:
+            return {key: content.get_tensor(key) for key in content.keys()}, content.metadata()  # noqa: SIM118
+
+    return read
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|, in the norm; |got| where want is 0. NaN never passes a comparison with this."""
+    size = want.double().norm()
+    error = (got.detach().double() - want.double()).norm()
+    return float(error / size if size > 0 else error)

@@ -1,0 +1,106 @@
+"""`make demo`: trains a small STDiT-2 on real clips and stills, stops half way, resumes, and shows the result.
+
+    python -m stdit_fast.train.demo [--short] [--clips tests/data] [--outputs outputs/demo]
+"""
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from stdit_fast.train.demo_data import make_demo_data
+
+logger = logging.getLogger("demo")
+
+CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
+PANELS = 3  # batches on the contact sheet
+STEPS, SHORT_STEPS = 240, 40
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="stdit_fast.train.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help=f"{SHORT_STEPS} steps in place of {STEPS}")
+    parser.add_argument("--clips", type=Path, default=Path("tests/data"), help="folder with the three clips")
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/demo"), help="where everything goes")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    run = args.outputs / "run"
+    shutil.rmtree(run, ignore_errors=True)  # a demo starts anew; only its data set stays
+    table = make_demo_data(args.clips, args.outputs / "data")
+    steps = SHORT_STEPS if args.short else STEPS
+    shared = ["--config", str(CONFIG), "--dataset.data_path", str(table), "--outputs", str(run)]
+    shared += ["--ckpt_every", str(steps // 4), "--validation.every", str(steps // 4)]
+
+    logger.info("Training the first half: %d steps.", steps // 2)
+    _train([*shared, "--steps", str(steps // 2)])
+    logger.info("Resuming from the checkpoint for the second half.")
+    _train([*shared, "--steps", str(steps)])
+
+    first, last = _loss_ends(run / "metrics.jsonl", steps)
+    pictures = draw(run, [*shared, "--steps", str(steps)])
+    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
+    logger.info("\nThe loss fell from %.3f (mean of the first steps) to %.3f (mean of the last).", first, last)
+    for what, path in (*pictures.items(), ("checkpoint", checkpoint)):
+        logger.info("%-14s %s", what, path)
+    if not last < 0.8 * first:
+        logger.error("The loss has not fallen by a fifth: something is wrong.")
+        return 1
+    return 0
+
+
+def _train(arguments: list[str]) -> None:
+    """A run of its own process, as a user starts it."""
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([sys.executable, "-m", "stdit_fast.train", *arguments], check=True, env=environment)
+
+
+def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
+    """Mean loss of the first and of the last eighth of the steps."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    if len(losses) != steps:
+        raise SystemExit(f"metrics.jsonl has {len(losses)} steps, expected {steps}: the resume lost or repeated some")
+    window = max(1, steps // 8)
+    return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
+
+
+def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
+    """Writes the loss curve and a contact sheet of training batches with their condition frames; name -> path."""
+    import torch
+
+    from stdit_fast.parallel.processes import launch
+    from stdit_fast.train.build import build_data, build_diffusion, build_encoders
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.pictures import Panel, contact_sheets, loss_curve
+
+    pictures = {"loss curve": run / "loss.png", "contact sheet": run / "batch.png"}
+    loss_curve(run / "metrics.jsonl", pictures["loss curve"])
+    config = parse(arguments)
+    processes = launch(config.seed)
+    vae, _ = build_encoders(config, processes.device)
+    data = build_data(config, processes, build_diffusion(config), vae.uses_posterior_noise)
+    panels = []
+    for request in data.sampler:
+        bucket = data.buckets[request.bucket]
+        batch = data.dataset[request]
+        if bucket.num_frames == 1 or batch["x_mask"].all() or any(p.title.endswith(bucket.name) for p in panels):
+            continue  # one batch of each of several video buckets, with condition frames in it
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(batch["video"].to(processes.device))).float().cpu()
+        cut = batch["video"][..., : decoded.shape[-2], : decoded.shape[-1]]
+        panels.append(Panel(cut, batch["x_mask"], batch["text"], f"bucket {bucket.name}", decoded=decoded))
+        if len(panels) == PANELS:
+            break
+    contact_sheets(panels, pictures["contact sheet"])
+    return pictures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""A small training set from the three real clips: segments and stills in several sizes and aspect ratios."""
+
+import csv
+import os
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from stdit_fast.errors import ConfigError
+
+# clip -> caption of each stretch of it, by its first frame
+CAPTIONS = {
+    "bigbuckbunny.mp4": {
+        0: "a big grey rabbit crawls out of its burrow in a green meadow, animated film",
+        40: "a big grey rabbit stretches in front of its burrow in a green meadow, animated film",
+        90: "a big grey rabbit stands in a green meadow and holds its ear, animated film",
+    },
+    "bikes.mp4": {
+        0: "a bench on a pavement, seen from above",
+        30: "taxis and cars in dense traffic, close up",
+        76: "a van and cars drive by in a street at dusk",
+        137: "a street with parked cars behind an iron fence",
+        187: "a person walks past a bicycle that leans on an old house",
+        242: "a bicycle locked to a fence, close up",
+    },
+    "carphone_pristine.mp4": {0: "a man in a dark suit and a red bow tie talks in a car"},
+}
+SEGMENT_FRAMES = 36
+STILLS_EVERY = 12
+ASPECTS = {"wide": 9 / 16, "square": 1.0, "tall": 4 / 3}  # height / width
+LONG_SIDE = 256  # pixels; more than the small buckets need would only cost decoding time
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the metadata table; sizes are left to be probed."""
+
+    path: str
+    text: str
+
+
+def make_demo_data(clips: Path, folder: Path) -> Path:
+    """Writes segments, stills and `metadata.csv` into `folder`, once; answers the table's path.
+
+    Args:
+        clips: folder that holds the three clips.
+        folder: where the set goes; complete when its metadata.csv is there.
+
+    Raises:
+        ConfigError: a clip is not there.
+    """
+    table = folder / "metadata.csv"
+    if table.is_file():
+        return table
+    missing = [name for name in CAPTIONS if not (clips / name).is_file()]
+    if missing:
+        raise ConfigError("clips", str(clips), f"{', '.join(missing)} is not there; give the folder tests/data")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for name in tqdm(CAPTIONS, desc="cutting clips", unit="clip"):
+        frames, rate = _read(clips / name)
+        rows += _segments(name, frames, rate, folder) + _stills(name, frames, folder)
+    draft = table.with_suffix(".tmp")
+    with open(draft, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "text"))
+        writer.writerows((row.path, row.text) for row in rows)
+    os.replace(draft, table)
+    return table
+
+
+def _read(path: Path) -> tuple[list[np.ndarray], Fraction]:
+    """All frames as RGB [H, W, 3], scaled down to LONG_SIDE, and the frame rate."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        scale = min(1.0, LONG_SIDE / max(stream.width, stream.height))
+        size = {"width": round(stream.width * scale), "height": round(stream.height * scale)}
+        return [f.to_ndarray(format="rgb24", **size) for f in container.decode(stream)], stream.average_rate
+
+
+def _caption(name: str, frame: int) -> str:
+    return CAPTIONS[name][max(start for start in CAPTIONS[name] if start <= frame)]
+
+
+def _crop(frame: np.ndarray, aspect: float) -> np.ndarray:
+    """The largest centred part with that height / width, even in both sizes (the codec wants that)."""
+    height, width = frame.shape[:2]
+    h, w = (height, int(height / aspect)) if height < width * aspect else (int(width * aspect), width)
+    h, w = h - h % 2, w - w % 2
+    top, left = (height - h) // 2, (width - w) // 2
+    return frame[top : top + h, left : left + w]
+
+
+def _segments(name: str, frames: list[np.ndarray], rate: Fraction, folder: Path) -> list[Row]:
+    rows = []
+    for number, start in enumerate(range(0, len(frames) - SEGMENT_FRAMES + 1, SEGMENT_FRAMES)):
+        for shape, aspect in ASPECTS.items():
+            path = folder / f"{Path(name).stem}-{number:02d}-{shape}.mp4"
+            _encode(path, [_crop(f, aspect) for f in frames[start : start + SEGMENT_FRAMES]], rate)
+            rows.append(Row(path.name, _caption(name, start + SEGMENT_FRAMES // 2)))
+    return rows
+
+
+def _encode(path: Path, frames: list[np.ndarray], rate: Fraction) -> None:
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _stills(name: str, frames: list[np.ndarray], folder: Path) -> list[Row]:
+    rows = []
+    for number, index in enumerate(range(0, len(frames), STILLS_EVERY)):
+        shape = list(ASPECTS)[number % len(ASPECTS)]
+        path = folder / f"{Path(name).stem}-{index:03d}-{shape}.png"
+        Image.fromarray(_crop(frames[index], ASPECTS[shape])).save(path)
+        rows.append(Row(path.name, _caption(name, index)))
+    return rows

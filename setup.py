@@ -12,6 +12,7 @@ Without a toolchain the install goes on in Python only; the reason is printed an
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,10 +48,13 @@ def find_nvcc() -> str:
         if not found:
             raise NoToolchain(f"CUDACXX names {named}, which is not there or cannot be run")
         return found
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda", "/opt/cuda"]
-    on_path = shutil.which("nvcc")
-    places = [str(Path(home, "bin", "nvcc")) for home in homes if home]
-    candidates = [*places[:-2], on_path, *places[-2:]]
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [
+        *(f"{home}/bin/nvcc" for home in homes if home),
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+        "/opt/cuda/bin/nvcc",
+    ]
     for candidate in candidates:
         if candidate and os.access(candidate, os.X_OK):
             return candidate
@@ -71,7 +75,7 @@ def cmake_archs() -> str:
     return ";".join(arch if "-" in arch else f"{arch}-real" for arch in archs.split(";") if arch)
 
 
-def configure(cmake: str, build: Path) -> None:
+def configure(cmake: str, nvcc: str, build: Path) -> None:
     """Runs CMake's configuration, which tries both compilers. Raises NoToolchain with CMake's reason."""
     ninja = find_tool("ninja", "BIN_DIR")
     command = [
@@ -79,7 +83,7 @@ def configure(cmake: str, build: Path) -> None:
         *("-S", str(ROOT), "-B", str(build)),
         *(("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}") if ninja else ()),
         "-DCMAKE_BUILD_TYPE=Release",
-        f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
         f"-DCMAKE_CUDA_ARCHITECTURES={cmake_archs()}",
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
@@ -90,9 +94,11 @@ def configure(cmake: str, build: Path) -> None:
 
 
 def first_error(log: str) -> str:
-    """The first error of a CMake log in one line."""
-    _, _, error = log.partition("CMake Error")
-    return " ".join((error or log).split())[:400]
+    """The reason in a CMake log that failed, in one line: the compiler's own if it gave one, else CMake's."""
+    of_compiler = re.search(r"^.*(?:\bfatal\b|\berror:).*$", log, re.MULTILINE)
+    of_cmake = re.search(r"^CMake Error[^\n]*\n(.*?)(?=Call Stack|^\S|\Z)", log, re.MULTILINE | re.DOTALL)
+    reason = of_compiler.group(0) if of_compiler else of_cmake.group(1) if of_cmake else log
+    return " ".join(reason.split())[:240]
 
 
 def build_cuda(target: Path) -> None:
@@ -102,12 +108,13 @@ def build_cuda(target: Path) -> None:
         NoToolchain: something that it needs is missing here.
         subprocess.CalledProcessError: the library does not compile.
     """
+    nvcc = find_nvcc()
     cmake = find_tool("cmake", "CMAKE_BIN_DIR")
     if not cmake:
         raise NoToolchain("cmake was not found")
     # A folder of its own each time: what CMake caches of an isolated build environment is gone at the next one.
     with tempfile.TemporaryDirectory(prefix="stdit_fast_cuda_") as folder:
-        configure(cmake, Path(folder))
+        configure(cmake, nvcc, Path(folder))
         subprocess.run([cmake, "--build", folder], check=True)
         subprocess.run([cmake, "--install", folder, "--prefix", str(target)], check=True)
 

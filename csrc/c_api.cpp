@@ -1,0 +1,53 @@
+// The C interface: exceptions end here.
+#include "stdit/c_api.h"
+
+#include <exception>
+#include <stdexcept>
+#include <string>
+
+#include "stdit/device.h"
+#include "stdit/device_guard.h"
+#include "stdit/ema_update.h"
+
+namespace {
+
+thread_local std::string last_error;
+
+template <typename Call>
+int guarded(Call call) {
+  try {
+    call();
+    return 0;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  } catch (...) {
+    last_error = "an unknown C++ exception";
+  }
+  return 1;
+}
+
+stdit_dtype checked_dtype(int dtype) {
+  if (dtype != STDIT_FLOAT32 && dtype != STDIT_BFLOAT16) {
+    throw std::invalid_argument("unknown dtype " + std::to_string(dtype));
+  }
+  return static_cast<stdit_dtype>(dtype);
+}
+
+}  // namespace
+
+const char* stdit_last_error(void) { return last_error.c_str(); }
+const char* stdit_cuda_compiler(void) { return STDIT_CUDA_COMPILER; }
+const char* stdit_architectures(void) { return STDIT_ARCHITECTURES; }
+
+int stdit_check_device(int device) {
+  return guarded([&] { stdit::check_device(device); });
+}
+
+int stdit_ema_update(float* const* ema, const void* const* params, const int64_t* sizes, int64_t count,
+                     int param_dtype, double decay, int device, void* stream) {
+  return guarded([&] {
+    const stdit::EmaTensors tensors{ema, params, sizes, count, checked_dtype(param_dtype)};
+    const stdit::DeviceGuard guard(device);
+    stdit::ema_update(tensors, decay, static_cast<cudaStream_t>(stream));
+  });
+}

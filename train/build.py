@@ -96,13 +96,18 @@ def build_encoders(config: TrainConfig, device: torch.device):
     """(autoencoder, text encoder), frozen, on `device`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     vae = load_autoencoder(
-        config.vae.from_pretrained, device=device, dtype=dtype, micro_batch_size=config.vae.micro_batch_size
+        config.vae.from_pretrained,
+        device=device,
+        dtype=dtype,
+        micro_batch_size=config.vae.micro_batch_size,
+        key="vae.from_pretrained",
     )
     text = load_text_encoder(
         config.text_encoder.from_pretrained,
         max_length=config.text_encoder.model_max_length,
         device=device,
         dtype=dtype,
+        key="text_encoder.from_pretrained",
     )
     if vae.latent_channels != config.model.in_channels:
         remedy = f"the autoencoder {config.vae.from_pretrained} gives {vae.latent_channels} channels; use that number"

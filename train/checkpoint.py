@@ -1,11 +1,11 @@
 """Checkpoints: a folder that appears whole or not at all, in safetensors and JSON, free of plugins and world sizes.
 
-    checkpoints/step-00000500/
-      model/config.json, model.safetensors      fp32 weights; STDiT2.from_pretrained reads the folder
-      ema/config.json, model.safetensors        averaged weights, likewise
-      optimizer/exp_avg.safetensors, exp_avg_sq.safetensors
-      rng.safetensors                           generator states of each process
-      state.json                                step, data position, counts, configuration, versions
+checkpoints/step-00000500/
+  model/config.json, model.safetensors      fp32 weights; STDiT2.from_pretrained reads the folder
+  ema/config.json, model.safetensors        averaged weights, likewise
+  optimizer/exp_avg.safetensors, exp_avg_sq.safetensors
+  rng.safetensors                           generator states of each process
+  state.json                                step, data position, counts, configuration, versions
 """
 
 import json
@@ -141,7 +141,8 @@ def load(path: str | Path, state: TrainState, *, with_optimizer: bool = True) ->
     if (path / "checkpoints").is_dir():  # the folder of a run stands for its newest checkpoint
         path = newest_checkpoint(path / "checkpoints") or path
     if not (path / "state.json").is_file():
-        raise ConfigError("checkpoint", str(path), "it holds no state.json; give a folder like checkpoints/step-00000500")
+        remedy = "it holds no state.json; give a folder like checkpoints/step-00000500"
+        raise ConfigError("checkpoint", str(path), remedy)
     progress = json.loads((path / "state.json").read_text())
     names, optimizer = state.names, state.optimizer
     weights = _read(path / "model" / "model.safetensors")

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from stdit_fast.train.buckets import Buckets
 
 from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.model.config import STDiT2Config
+from stdit_fast.train.buckets import Buckets
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """`make demo`: trains a small STDiT-2 on real clips and stills, stops half way, resumes, and shows the result.
 
-    python -m stdit_fast.train.demo [--short] [--clips tests/data] [--outputs outputs/demo]
+python -m stdit_fast.train.demo [--short] [--clips tests/data] [--outputs outputs/demo]
 """
 
 import argparse

@@ -197,8 +197,10 @@ class Trainer:
             return
         self.skipped += 1
         self.skipped_in_a_row += 1
-        own = [(self.data.buckets[b["bucket"]].name, [self.data.metadata.row(int(i)).path for i in b["samples"]])
-               for b in batches]
+        own = [
+            (self.data.buckets[b["bucket"]].name, [self.data.metadata.row(int(i)).path for i in b["samples"]])
+            for b in batches
+        ]
         everyone = self.processes.gather_objects(own)
         named = "; ".join(
             f"rank {rank}, bucket {bucket}: {', '.join(paths)}"
@@ -309,7 +311,8 @@ class Trainer:
             raise ConfigError("plugin", wanted, "zero2 needs a GPU, and none is visible; use ddp or auto")
         precision = {"zero2": "bf16", "ddp": "fp32"}[chosen]
         if self.config.dtype not in ("auto", precision):
-            raise ConfigError("dtype", self.config.dtype, f"the plugin {chosen} trains in {precision}; use that or auto")
+            remedy = f"the plugin {chosen} trains in {precision}; use that or auto"
+            raise ConfigError("dtype", self.config.dtype, remedy)
         return chosen
 
     def _due(self, every: int) -> bool:

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from stdit_fast.train.sampler import BatchRequest
+from stdit_fast.train.sampler import MAX_SPARES, BatchRequest
 
 # The epoch that keys all randomness of validation; training counts up from 0 and never gets there.
 EPOCH = 2**31 - 1
@@ -29,7 +29,8 @@ class Validation:
             if taken[bucket] < batches_per_bucket:
                 taken[bucket] += 1
                 samples = plan.samples(index)
-                self.requests.append(BatchRequest(EPOCH, index, bucket, samples, plan.members(bucket)[:16], len(samples)))
+                spares = plan.members(bucket)[:MAX_SPARES]
+                self.requests.append(BatchRequest(EPOCH, index, bucket, samples, spares, len(samples)))
         self.requests.sort(key=lambda r: (r.bucket, r.index))
 
     @torch.no_grad()

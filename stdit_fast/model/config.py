@@ -113,7 +113,9 @@ class STDiT2Config(PretrainedConfig):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "use a positive number")
         if self.hidden_size % 12:
-            raise ConfigError("hidden_size", self.hidden_size, "use a multiple of 12 (size embedders take a third each)")
+            raise ConfigError(
+                "hidden_size", self.hidden_size, "use a multiple of 12: sizes take a third, places a quarter"
+            )
         if self.hidden_size % self.num_heads or self.head_dim % 2:
             remedy = f"use a divisor of hidden_size = {self.hidden_size} that leaves an even head dimension"
             raise ConfigError("num_heads", self.num_heads, remedy)

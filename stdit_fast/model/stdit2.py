@@ -258,9 +258,7 @@ class STDiT2(PreTrainedModel):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     @staticmethod
-    def _per_frame(
-        block: nn.Module, t: Tensor, t_zero: Tensor | None, extra: Tensor, x_mask: Tensor | None
-    ) -> Tensor:
+    def _per_frame(block: nn.Module, t: Tensor, t_zero: Tensor | None, extra: Tensor, x_mask: Tensor | None) -> Tensor:
         """block(t + extra), for condition frames block(t_zero + extra): [B, 1 or T, k*C]."""
         zero = None if t_zero is None else block(t_zero + extra)
         return _select_frames(block(t + extra), zero, x_mask)

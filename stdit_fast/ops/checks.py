@@ -22,5 +22,6 @@ def expect_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> None
     """Raises ValueError unless `modulation` is [B, 1, C] or [B, T, C] for x [B, T, S, C]."""
     batch, frames, _, channels = x.shape
     if modulation.dim() != 3 or modulation.shape[1] not in (1, frames):
-        raise ValueError(f"{op}: {name} has shape {list(modulation.shape)}, expected [{batch}, 1 or {frames}, {channels}]")
+        found, want = list(modulation.shape), f"[{batch}, 1 or {frames}, {channels}]"
+        raise ValueError(f"{op}: {name} has shape {found}, expected {want}")
     expect_shape(op, name, modulation, (batch, modulation.shape[1], channels))

@@ -53,4 +53,5 @@ def check_backend(backend: str, ops: tuple[str, ...]) -> None:
     slow = [s for s in serving() if s.op in ops and s.implementation == REFERENCE]
     if slow:
         reasons = "; ".join(f"{s.op}: {s.reason}" for s in slow)
-        raise ConfigError("backend", backend, f'the fast path cannot be had here ({reasons}); use "auto" or "reference"')
+        remedy = f'the fast path cannot be had here ({reasons}); use "auto" or "reference"'
+        raise ConfigError("backend", backend, remedy)

@@ -1,0 +1,165 @@
+"""Video to latents and back, frame by frame, with a frozen image autoencoder."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stdit_fast.encoders.weights import load_pretrained, require_all_keys
+from stdit_fast.errors import ConfigError
+
+LATENT_CHANNELS = 4
+DOWNSAMPLE = 8
+PATCH_CODEC = "patch-codec"
+
+
+def latent_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of the latents of a height x width (pixels) frame."""
+    return height // DOWNSAMPLE, width // DOWNSAMPLE
+
+
+class FrameAutoencoder(nn.Module):
+    """What every autoencoder offers; subclasses encode and decode a batch of frames.
+
+    Args:
+        micro_batch_size: frames that go through the network at once; None: all of them. It bounds the memory,
+            and does not change the result.
+    """
+
+    latent_channels = LATENT_CHANNELS
+    downsample = DOWNSAMPLE
+    uses_posterior_noise = False
+
+    def __init__(self, micro_batch_size: int | None = None):
+        super().__init__()
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ConfigError(
+                "encoders.micro_batch_size", micro_batch_size, "frames at once: 1 or more, or null for all"
+            )
+        self.micro_batch_size = micro_batch_size
+
+    @torch.no_grad()
+    def encode(self, video: Tensor, posterior_noise: Tensor | None = None) -> Tensor:
+        """Latents, float32 [B, 4, T, H//8, W//8] on the encoder's device, of about unit variance.
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1], on any device.
+            posterior_noise: standard normal values of the latents' shape. The latents are then a sample of the
+                posterior, mean + std * noise, otherwise its mean. Ignored where `uses_posterior_noise` is False.
+        """
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"video must be [B, 3, T, H, W], got {list(video.shape)}")
+        batch, _, num_frames, height, width = video.shape
+        shape = (batch, self.latent_channels, num_frames, *latent_size(height, width))
+        if posterior_noise is not None and posterior_noise.shape != shape:
+            raise ValueError(f"posterior_noise must be {list(shape)}, got {list(posterior_noise.shape)}")
+        frames = video.movedim(2, 1).flatten(0, 1)
+        noise = posterior_noise if self.uses_posterior_noise else None
+        if noise is not None:
+            noise = noise.movedim(2, 1).flatten(0, 1)
+        latents = torch.cat(
+            [self._encode_frames(frames[part], None if noise is None else noise[part]) for part in self._parts(frames)]
+        )
+        return latents.unflatten(0, (batch, num_frames)).movedim(2, 1).contiguous()
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video, float32 [B, 3, T, h*8, w*8] in [-1, 1], of latents [B, 4, T, h, w]."""
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents must be [B, {self.latent_channels}, T, h, w], got {list(latents.shape)}")
+        frames = latents.movedim(2, 1).flatten(0, 1)
+        video = torch.cat([self._decode_frames(frames[part]).clamp(-1, 1) for part in self._parts(frames)])
+        return video.unflatten(0, (latents.shape[0], latents.shape[2])).movedim(2, 1)
+
+    def _parts(self, frames: Tensor) -> list[slice]:
+        step = self.micro_batch_size or len(frames)
+        return [slice(start, start + step) for start in range(0, len(frames), step)]
+
+    def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        """[N, 3, H, W] -> float32 [N, 4, H//8, W//8]."""
+        raise NotImplementedError
+
+    def _decode_frames(self, latents: Tensor) -> Tensor:
+        """[N, 4, h, w] -> float32 [N, 3, h*8, w*8]."""
+        raise NotImplementedError
+
+
+class VideoAutoencoder(FrameAutoencoder):
+    """diffusers' AutoencoderKL on each frame; latents are multiplied by its scaling factor (0.18215 for SD's).
+
+    The network runs in its own dtype; the posterior is sampled and scaled in float32.
+
+    Args:
+        vae: an AutoencoderKL with 4 latent channels and three halvings.
+        micro_batch_size: see FrameAutoencoder.
+    """
+
+    uses_posterior_noise = True
+
+    def __init__(self, vae: nn.Module, micro_batch_size: int | None = None):
+        super().__init__(micro_batch_size)
+        self.vae = vae.eval().requires_grad_(False)
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.shift_factor = float(vae.config.shift_factor or 0.0)
+
+    def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        posterior = self.vae.encode(frames.to(self.vae.device, self.vae.dtype)).latent_dist
+        latents = posterior.mean.float()
+        if noise is not None:
+            latents = latents + posterior.std.float() * noise.to(latents)
+        return (latents - self.shift_factor) * self.scaling_factor
+
+    def _decode_frames(self, latents: Tensor) -> Tensor:
+        latents = latents.to(self.vae.device, torch.float32) / self.scaling_factor + self.shift_factor
+        return self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+
+
+def load_autoencoder(
+    name_or_path: str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    micro_batch_size: int | None = None,
+    key: str = "encoders.autoencoder",
+) -> FrameAutoencoder:
+    """The frozen video autoencoder.
+
+    Args:
+        name_or_path: "patch-codec" (comes with the package), or a local folder or hub name of an AutoencoderKL:
+            its own, or a pipeline's with the autoencoder in the subfolder ``vae``.
+        device: where it runs.
+        dtype: the network's parameters and activations; the patch codec always runs in float32.
+        micro_batch_size: frames at once; None: all.
+        key: the setting that `name_or_path` comes from, as errors shall name it.
+
+    Raises:
+        ConfigError: the weights cannot be found, read, or do not fit.
+    """
+    if name_or_path == PATCH_CODEC:
+        from stdit_fast.encoders.patch_codec import PatchCodec
+
+        return PatchCodec(micro_batch_size=micro_batch_size).to(device)
+    vae, info = load_pretrained(key, name_or_path, _load_autoencoder_kl)
+    require_all_keys(key, name_or_path, info)
+    downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+    if (vae.config.latent_channels, downsample) != (LATENT_CHANNELS, DOWNSAMPLE):
+        found = f"{vae.config.latent_channels} latent channels at 1/{downsample} of the size"
+        raise ConfigError(key, name_or_path, f"it has {found}; this model needs {LATENT_CHANNELS} at 1/{DOWNSAMPLE}")
+    return VideoAutoencoder(vae, micro_batch_size).to(device, dtype)
+
+
+def _load_autoencoder_kl(source: str, local_files_only: bool):
+    from diffusers import AutoencoderKL
+
+    options = dict(output_loading_info=True, local_files_only=local_files_only)
+    folder = Path(source)
+    if folder.is_dir():
+        subfolder = "" if (folder / "config.json").exists() else "vae"
+        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, **options)
+    try:
+        return AutoencoderKL.from_pretrained(source, **options)
+    except OSError as error:
+        try:
+            return AutoencoderKL.from_pretrained(source, subfolder="vae", **options)
+        except OSError:
+            raise error from None

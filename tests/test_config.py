@@ -1,0 +1,108 @@
+"""The schema: files, command line, and a message for everything that cannot be."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stdit_fast.errors import ConfigError
+from stdit_fast.train.config import known_keys, make_buckets, model_config, parse
+
+CONFIGS = Path(__file__).parents[1] / "train" / "configs"
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("path,text\nclip.mp4,a clip\n")
+    return path
+
+
+@pytest.fixture
+def write(tmp_path, table):
+    """write(**keys) -> path of a small valid YAML with these keys over it."""
+
+    def make(**keys) -> str:
+        content = {"dataset": {"data_path": str(table)}, "buckets": {"144p": {1: [1.0, 2]}}} | keys
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return str(path)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["tiny", "stage1", "stage2", "stage3"])
+def test_shipped_configs(name, table):
+    config = parse(["--config", str(CONFIGS / f"{name}.yaml"), "--dataset.data_path", str(table)])
+    assert abs(sum(config.mask_ratios.values()) - 1) < 1e-9 and len(config.mask_ratios) == 9
+    buckets = make_buckets(config)
+    assert len(buckets) > 0
+    if name != "tiny":
+        assert (config.lr, config.ema_decay, config.grad_clip, config.ckpt_every) == (2e-5, 0.9999, 1.0, 500)
+        assert config.plugin == "zero2" and config.grad_checkpoint == (name != "stage1")
+        assert model_config(config, 4096).hidden_size == 1152
+    if name == "stage1":
+        own = {(b.resolution, b.num_frames): (b.keep_prob, b.batch_size) for b in buckets}
+        assert own[("144p", 16)] == (1.0, 6) and own[("1024", 1)] == (0.3, 3) and own[("240p", 32)] == (0.3, 1)
+
+
+def test_command_line_wins(write):
+    arguments = ["--config", write(lr=1e-3), "--lr", "5e-4", "--model.depth=3", "--grad_checkpoint", "2"]
+    config = parse([*arguments, "--adam_betas", "[0.9, 0.95]"])
+    assert config.lr == 5e-4 and config.model.depth == 3 and config.grad_checkpoint == 2
+    assert tuple(config.adam_betas) == (0.9, 0.95)
+    assert parse(["--config", write(grad_checkpoint=True)]).grad_checkpoint is True
+
+
+def test_every_attribute_is_documented():
+    """The docstrings name every key, so that `--help` and the reader see the same."""
+    from stdit_fast.train import config as module
+
+    text = "".join(cls.__doc__ for cls in vars(module).values() if isinstance(cls, type) and cls.__doc__)
+    undocumented = [key for key in known_keys() if key.split(".")[-1] not in text]
+    from_model = {"model.in_channels", "model.hidden_size", "model.depth", "model.num_heads", "model.mlp_ratio"}
+    from_model |= {"model.input_sq_size", "model.class_dropout_prob", "model.qk_norm", "model.backend"}
+    from_model |= {"dataset", "model", "vae", "text_encoder", "scheduler", "validation", "scheduler.num_timesteps"}
+    assert set(undocumented) <= from_model
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"lrr": 1}, "lrr = 1: .* unknown key; did you mean 'lr'"),
+        ({"model": {"dept": 3}}, "model.dept = 3: .* did you mean 'depth'"),
+        ({"dataset": {}}, "dataset.data_path = None: name the metadata table"),
+        ({"dataset": {"data_path": "absent.csv"}}, "dataset.data_path = 'absent.csv': there is no such file"),
+        ({"buckets": {"144q": {1: [1.0, 2]}}}, "did you mean '144p'"),
+        ({"buckets": {"144p": {1: [1.5, 2]}}}, "1.5"),
+        ({"buckets": {"144p": {1: [0.5, None]}}}, "batch size"),
+        ({"buckets": {}}, "buckets"),
+        ({"mask_ratios": {"mask_no": 0.5, "mask_image_head": 0.4}}, "sum to 0.9; make them sum to 1"),
+        ({"mask_ratios": {"mask_none": 1.0}}, "did you mean 'mask_no'"),
+        ({"plugin": "zero3"}, "plugin = 'zero3': did you mean 'zero2'"),
+        ({"plugin": "zero2", "dtype": "fp32"}, "dtype = 'fp32': zero2 trains in bf16"),
+        ({"scheduler": {"type": "ddpm"}}, "scheduler.type = 'ddpm': did you mean 'iddpm'"),
+        ({"steps": 0}, "steps = 0: use a value at least 1"),
+        ({"ema_decay": 1.5}, "ema_decay = 1.5: use a value between 0 and 1"),
+        ({"grad_checkpoint": 99}, "grad_checkpoint = 99"),
+        ({"resolutions": "absent.json"}, "resolutions = 'absent.json': there is no such file"),
+        ({"model": {"backend": "fast"}}, "backend = 'fast'"),
+        ({"lr": "much"}, "lr = 'as given': .*Got value: much"),
+    ],
+)
+def test_refuses(write, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(["--config", write(**keys)])
+
+
+def test_refuses_on_the_command_line(write, tmp_path):
+    for arguments, message in (
+        (["--model.dept", "3"], "model.dept = 'command line': there is no such key; did you mean 'model.depth'"),
+        (["--config", str(tmp_path / "no.yaml")], "there is no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse(["--config", write(), *arguments])
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("lr: [1")
+    with pytest.raises(ConfigError, match="it is not YAML"):
+        parse(["--config", str(bad)])

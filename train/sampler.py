@@ -1,0 +1,327 @@
+"""Which samples stand in which batch, in which order, on which rank.
+
+An epoch is planned at once: every sample gets its bucket, the members of each bucket are shuffled and cut into batches,
+and the batches of all buckets are shuffled into one global list. That list depends on (seed, epoch, batch sizes) alone.
+Ranks and gradient accumulation only read from it: a step takes the next world_size * grad_accumulation batches. So the
+state is a position in the list, and a run resumes in mid-epoch on any number of ranks.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from stdit_fast.errors import ConfigError
+from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.randomness import hash_uniform, sample_rng
+
+MAX_SPARES = 16
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class BatchRequest:
+    """What one rank loads for one micro-batch: a few numbers, sent to a data worker.
+
+    Attributes:
+        epoch: the epoch.
+        index: the batch's place in the epoch's global list.
+        bucket: index of its bucket.
+        samples: int64 [B], rows of the metadata.
+        spares: int64 [<= 16], other members of the bucket, to stand in for samples that turn out bad.
+        step_samples: samples in the whole optimizer step, over all ranks and micro-batches.
+    """
+
+    epoch: int
+    index: int
+    bucket: int
+    samples: np.ndarray
+    spares: np.ndarray
+    step_samples: int
+
+
+class BucketReport(NamedTuple):
+    """How one bucket fares in an epoch. `nearly_empty`: fewer than two full batches."""
+
+    name: str
+    samples: int
+    batches: int
+    left_over: int
+    nearly_empty: bool
+
+
+class EpochPlan:
+    """All batches of one epoch. Arrays only: 10 million samples take about 60 MB.
+
+    Attributes:
+        epoch: the epoch.
+        order: samples grouped by bucket, shuffled within each.
+        bounds: int64 [buckets + 1], where each bucket's samples begin in `order`.
+        batch_sizes: int64 [buckets].
+        batch_bucket: bucket of each batch, in the order of training.
+        batch_number: its number among the batches of its bucket.
+        misfits: reason -> number of samples that are in no bucket.
+    """
+
+    def __init__(
+        self, epoch: int, assigned: np.ndarray, batch_sizes: np.ndarray, misfits: dict, seed: int, drop_last: bool
+    ):
+        self.epoch, self.batch_sizes, self.misfits = epoch, batch_sizes, misfits
+        self.order, self.bounds = _group(assigned, len(batch_sizes), sample_rng(seed, epoch, 0, "samples"))
+        counts = np.diff(self.bounds)
+        self.batches_per_bucket = counts // batch_sizes if drop_last else -(-counts // batch_sizes)
+        bucket = np.repeat(np.arange(len(batch_sizes), dtype=np.int32), self.batches_per_bucket)
+        first = np.cumsum(self.batches_per_bucket) - self.batches_per_bucket
+        number = np.arange(len(bucket), dtype=np.int32) - first.astype(np.int32)[bucket]
+        shuffle = sample_rng(seed, epoch, 0, "batches").permutation(len(bucket))
+        self.batch_bucket, self.batch_number = bucket[shuffle], number[shuffle]
+
+    def __len__(self) -> int:
+        return len(self.batch_bucket)
+
+    def members(self, bucket: int) -> np.ndarray:
+        """The samples of a bucket, in this epoch's order."""
+        return self.order[self.bounds[bucket] : self.bounds[bucket + 1]]
+
+    def samples(self, index: int) -> np.ndarray:
+        """The samples of a batch, int64; an incomplete batch is filled up with its bucket's first samples."""
+        bucket = self.batch_bucket[index]
+        members, size = self.members(bucket), self.batch_sizes[bucket]
+        places = (np.arange(size) + int(self.batch_number[index]) * size) % len(members)
+        return members[places].astype(np.int64)
+
+    def report(self, buckets: Buckets) -> list[BucketReport]:
+        """How each bucket that has samples fares, in the order of the buckets."""
+        counts, batches = np.diff(self.bounds), self.batches_per_bucket
+        left_over = np.maximum(counts - batches * self.batch_sizes, 0)
+        return [
+            BucketReport(
+                buckets[i].name, int(counts[i]), int(batches[i]), int(left_over[i]), counts[i] < 2 * self.batch_sizes[i]
+            )
+            for i in np.flatnonzero(counts)
+        ]
+
+    def describe(self, buckets: Buckets) -> str:
+        """`report` and `misfits` as lines for a log; a length that no sample reaches is named, too."""
+        rows = self.report(buckets)
+        lines = [
+            f"{row.name}: {row.samples} samples, {row.batches} batches, {row.left_over} left over"
+            + (" (nearly empty)" if row.nearly_empty else "")
+            for row in rows
+        ]
+        filled = {row.name.rsplit("-", 1)[0] for row in rows}
+        wanted = dict.fromkeys(bucket.name.rsplit("-", 1)[0] for bucket in buckets)
+        lines += [f"{name}: no samples" for name in wanted if name not in filled]
+        return "\n".join(lines + [f"in no bucket, {reason}: {count}" for reason, count in self.misfits.items()])
+
+
+def _group(assigned: np.ndarray, num_buckets: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(samples grouped by bucket and shuffled within, bounds of the buckets); samples of no bucket are left out."""
+    order = np.arange(len(assigned), dtype=np.int32 if len(assigned) < 2**31 else np.int64)
+    rng.shuffle(order)
+    # Stable sorting of 16-bit integers is a radix sort, several times faster than that of wider ones.
+    shuffled = assigned[order].astype(np.int16 if num_buckets < 2**15 else np.int32)
+    order = order[np.argsort(shuffled, kind="stable")]
+    counts = np.bincount(shuffled + 1, minlength=num_buckets + 1)
+    return order[counts[0] :].copy(), np.cumsum(counts) - counts[0]
+
+
+class BucketSampler:
+    """Batches of one bucket each for one rank, without end.
+
+    Iterating yields one `BatchRequest` a micro-batch, from the current position on, epoch after epoch. It does not move
+    the state (a data loader runs ahead of the training): `advance` does, once for each optimizer step.
+
+    Micro-batch a of rank r takes global batch position + a * world_size + r. With `drop_last`, incomplete batches and
+    an incomplete last step are left out; without, a batch is filled up by repeating samples of its bucket, and the last
+    step by repeating batches from the epoch's start.
+
+    Args:
+        num_frames, height, width: integers [N], the samples' lengths in frames (1: an image) and sizes in pixels.
+        buckets: the table of buckets.
+        seed: of the order and of the keep_prob draws.
+        frame_interval: one frame in so many is used.
+        world_size, rank: data-parallel processes, and which of them this is.
+        grad_accumulation: micro-batches a step on each rank.
+        drop_last: see above.
+
+    Raises:
+        ConfigError: no sample fits a bucket, no bucket fills a batch, or an epoch has too few batches for one step.
+            The first epoch is checked here, later ones (keep_prob is drawn anew in each) when they are planned.
+    """
+
+    def __init__(
+        self,
+        num_frames: np.ndarray,
+        height: np.ndarray,
+        width: np.ndarray,
+        buckets: Buckets,
+        *,
+        seed: int,
+        frame_interval: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        grad_accumulation: int = 1,
+        drop_last: bool = True,
+    ):
+        if not 0 <= rank < world_size:
+            raise ConfigError("rank", rank, f"it must be in 0..{world_size - 1} for a world size of {world_size}.")
+        if grad_accumulation < 1:
+            raise ConfigError("grad_accumulation", grad_accumulation, "it must be at least 1.")
+        self._sizes = np.asarray(num_frames), np.asarray(height), np.asarray(width)
+        self.buckets, self.seed, self.frame_interval = buckets, seed, frame_interval
+        self.world_size, self.rank, self.grad_accumulation = world_size, rank, grad_accumulation
+        self.drop_last = drop_last
+        self.epoch, self.position = 0, 0
+        self._plans: dict[int, EpochPlan] = {}
+        self.plan(0)
+
+    @property
+    def batches_per_step(self) -> int:
+        """Global batches that one optimizer step takes, over all ranks."""
+        return self.world_size * self.grad_accumulation
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """The batches of an epoch, from (seed, epoch) alone; the last two are kept.
+
+        Raises:
+            ConfigError: the epoch cannot fill a single step.
+        """
+        if epoch not in self._plans:
+            plan = self._make_plan(epoch)
+            self._check(plan)
+            # The iterator may be an epoch ahead of the state: two are in use at a time.
+            self._plans = dict([*self._plans.items(), (epoch, plan)][-2:])
+        return self._plans[epoch]
+
+    def _make_plan(self, epoch: int) -> EpochPlan:
+        def draw(rows: np.ndarray, level: int) -> np.ndarray:
+            return hash_uniform(self.seed, epoch, rows, level)
+
+        assigned = self.buckets.assign(*self._sizes, self.frame_interval, draw)
+        misfits = self.buckets.count_misfits(*self._sizes, self.frame_interval, assigned)
+        return EpochPlan(epoch, assigned, self.buckets.batch_sizes, misfits, self.seed, self.drop_last)
+
+    def steps_per_epoch(self, epoch: int) -> int:
+        """Optimizer steps in an epoch when it is trained from its start on this number of ranks."""
+        return self._steps_left(self.plan(epoch), 0)
+
+    def _steps_left(self, plan: EpochPlan, position: int) -> int:
+        batches = max(len(plan) - position, 0)
+        return batches // self.batches_per_step if self.drop_last else -(-batches // self.batches_per_step)
+
+    def __iter__(self) -> Iterator[BatchRequest]:
+        epoch, position = self.epoch, self.position
+        while True:
+            plan = self.plan(epoch)
+            for _ in range(self._steps_left(plan, position)):
+                yield from self._step(plan, position)
+                position += self.batches_per_step
+            epoch, position = epoch + 1, 0
+
+    def _step(self, plan: EpochPlan, position: int) -> Iterator[BatchRequest]:
+        batches = (position + np.arange(self.batches_per_step)) % len(plan)
+        step_samples = int(plan.batch_sizes[plan.batch_bucket[batches]].sum())
+        for index in batches[self.rank :: self.world_size]:
+            samples = plan.samples(index)
+            yield BatchRequest(
+                epoch=plan.epoch,
+                index=int(index),
+                bucket=int(plan.batch_bucket[index]),
+                samples=samples,
+                spares=self._spares(plan, int(index), samples),
+                step_samples=step_samples,
+            )
+
+    def _spares(self, plan: EpochPlan, index: int, samples: np.ndarray) -> np.ndarray:
+        members = plan.members(plan.batch_bucket[index])
+        rng = sample_rng(self.seed, plan.epoch, index, "spares")
+        drawn = members[rng.choice(len(members), min(len(members), len(samples) + MAX_SPARES), replace=False)]
+        return drawn[~np.isin(drawn, samples)][:MAX_SPARES].astype(np.int64)
+
+    def advance(self) -> None:
+        """Moves the state on by one optimizer step, into the next epoch where less than a step is left."""
+        self.position += self.batches_per_step
+        self._roll()
+
+    def _roll(self) -> None:
+        if not self._steps_left(self.plan(self.epoch), self.position):
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the training stands: the seed, the epoch, the position in its global list and the list's length."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "batches": len(self.plan(self.epoch)),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on where `state` was taken, on any number of ranks and with any gradient accumulation.
+
+        Where the epoch has another number of batches now (another table, other data), the position means nothing: the
+        epoch begins anew, with a warning.
+
+        Raises:
+            ConfigError: the state is of another seed, so of another order.
+        """
+        if state["seed"] != self.seed:
+            raise ConfigError(
+                "seed", self.seed, f"the checkpoint was trained with {state['seed']}: use that to resume."
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        batches = len(self.plan(self.epoch))
+        if state.get("batches", batches) != batches:
+            log.warning(
+                "epoch %d has %d batches now and had %d: the data or the buckets have changed, so it begins anew",
+                self.epoch,
+                batches,
+                state["batches"],
+            )
+            self.position = 0
+        self._roll()
+
+    def _check(self, plan: EpochPlan) -> None:
+        if not len(plan.order):
+            raise ConfigError("buckets", self._resolutions(), self._why_none_fits(plan))
+        if not len(plan):
+            raise ConfigError("buckets", self._resolutions(), self._why_no_batch(plan))
+        if not self._steps_left(plan, 0):
+            raise ConfigError(
+                "world_size",
+                self.world_size,
+                f"a step takes world_size * grad_accumulation = {self.world_size} * {self.grad_accumulation} = "
+                f"{self.batches_per_step} batches, and epoch {plan.epoch} has {len(plan)}. Use fewer processes, less "
+                "accumulation, smaller batches or more data, or set drop_last to false.",
+            )
+
+    def _resolutions(self) -> list[str]:
+        return list(dict.fromkeys(bucket.resolution for bucket in self.buckets))
+
+    def _why_none_fits(self, plan: EpochPlan) -> str:
+        num_frames, height, width = self._sizes
+        by_size = np.argsort(height.astype(np.int64) * width, kind="stable")
+        places = (0, len(by_size) // 2, -1) if len(by_size) else ()
+        sizes = ", ".join(f"{height[by_size[i]]}x{width[by_size[i]]}" for i in places)
+        lengths = ", ".join(str(n) for n in np.sort(num_frames)[list(places)])
+        reasons = "; ".join(f"{reason}: {count}" for reason, count in plan.misfits.items())
+        return (
+            f"none of the {len(num_frames)} samples fits a bucket in epoch {plan.epoch} ({reasons}).\n"
+            f"There are, as smallest, median and largest: {sizes} pixels (height x width) and {lengths} frames.\n"
+            f"The buckets need, at frame_interval {self.frame_interval}:\n"
+            + self.buckets.requirements(self.frame_interval)
+        )
+
+    def _why_no_batch(self, plan: EpochPlan) -> str:
+        rows = [(bucket, len(plan.members(i))) for i, bucket in enumerate(self.buckets) if len(plan.members(i))]
+        rows.sort(key=lambda row: row[0].batch_size - row[1])
+        lines = [f"{bucket.name} needs {bucket.batch_size} samples and has {count}" for bucket, count in rows[:8]]
+        more = [f"and {len(rows) - 8} more buckets"] if len(rows) > 8 else []
+        return (
+            f"no bucket has a full batch in epoch {plan.epoch}. Use smaller batch sizes or more data, or set drop_last "
+            "to false:\n" + "\n".join(lines + more)
+        )

@@ -209,7 +209,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     except Exception as error:  # argparse's, jsonargparse's and yaml's own error types, told apart by their text only
         raise _explain(error) from error
     parsed.pop("config", None)
-    config = _to_dataclass(TrainConfig, parser.instantiate_classes(parsed))
+    config = _to_dataclass(TrainConfig, parser.instantiate(parsed))
     check(config)
     return config
 

@@ -53,6 +53,15 @@ def test_a_bucket_and_its_name():
     assert buckets.batch_sizes.tolist() == [2] * 17
 
 
+def test_siblings_differ_in_the_aspect_ratio_only():
+    buckets = Buckets(TABLE)
+    for i, bucket in enumerate(buckets):
+        same = [
+            j for j, b in enumerate(buckets) if (b.resolution, b.num_frames) == (bucket.resolution, bucket.num_frames)
+        ]
+        assert list(buckets.siblings(i)) == same
+
+
 def test_a_sample_needs_four_fifths_of_the_pixels():
     buckets = Buckets({"256": {16: (1.0, 1)}, "144p": {16: (1.0, 1)}})
     assert where(buckets, 99, 1, 52429).resolution == "256"  # 0.8 * 65536 = 52428.8

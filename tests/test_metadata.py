@@ -197,7 +197,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(clips, caplog):
 
 
 def test_no_data_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.csv.*there is no such file.*columns path and text"):
+    with pytest.raises(ConfigError, match=r"nowhere\.csv.*there is no such file.*path and text"):
         load(tmp_path / "nowhere.csv")
 
 

@@ -209,16 +209,21 @@ def test_without_drop_last_one_sample_feeds_any_world():
     assert requests[0].spares.tolist() == []
 
 
-def test_spares_are_other_members_of_the_bucket():
+def test_spares_are_other_members_of_the_bucket_then_of_its_siblings():
     sampler = make()
     plan = sampler.plan(0)
-    counts = []
+    names = {int(i): bucket.name for b, bucket in enumerate(BUCKETS) for i in plan.members(b)}
+    own = siblings = 0
     for request in itertools.islice(sampler, len(plan)):
-        members, spares = set(plan.members(request.bucket).tolist()), request.spares.tolist()
-        assert set(spares) <= members - set(request.samples.tolist())
-        assert len(set(spares)) == len(spares) == min(16, len(members) - len(request.samples))
-        counts.append(len(spares))
-    assert max(counts) == 16 and min(counts) < 16
+        bucket, spares = BUCKETS[request.bucket], request.spares.tolist()
+        assert len(set(spares) - set(request.samples.tolist())) == len(spares) == 16
+        of_bucket = [names[i] == bucket.name for i in spares]
+        others = len(plan.members(request.bucket)) - len(request.samples)
+        assert of_bucket == [i < others for i in range(16)]
+        assert all(names[i].startswith(f"{bucket.resolution}-{bucket.num_frames}-") for i in spares)
+        own += sum(of_bucket)
+        siblings += 16 - sum(of_bucket)
+    assert own > 0 and siblings > 0
 
 
 def test_requests_are_small_and_can_be_pickled():

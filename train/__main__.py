@@ -17,6 +17,8 @@ def main() -> int:
         from stdit_fast.train.config import parse
 
         config = parse()
+        from stdit_fast.train.bad_samples import TooManyBadSamples
+        from stdit_fast.train.dataset import NoGoodSample
         from stdit_fast.train.trainer import Trainer, TrainingError
 
         trainer = Trainer(config)
@@ -26,7 +28,7 @@ def main() -> int:
         return 2
     try:
         path = trainer.train()
-    except (ConfigError, TrainingError) as error:
+    except (ConfigError, TrainingError, TooManyBadSamples, NoGoodSample) as error:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 1

@@ -124,6 +124,7 @@ class Buckets:
             if name not in known:
                 raise ConfigError("buckets", name, f"there is no such resolution: {nearest(name, known)}.")
         self._buckets: list[Bucket] = []
+        self._siblings: list[range] = []
         self._levels: list[_Level] = []
         for name in sorted(names, key=lambda name: -known[name]["pixels"]):
             sizes = known[name]["sizes"]
@@ -142,6 +143,7 @@ class Buckets:
                 Bucket(name, num_frames, aspect, height, width, keep_prob, batch_size)
                 for aspect, (height, width) in sizes.items()
             ]
+            self._siblings += [range(entry.first, len(self._buckets))] * len(sizes)
         return entry
 
     def __len__(self) -> int:
@@ -152,6 +154,10 @@ class Buckets:
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._buckets)
+
+    def siblings(self, index: int) -> range:
+        """The buckets of the same resolution and length with any aspect ratio, this one among them."""
+        return self._siblings[index]
 
     @property
     def batch_sizes(self) -> np.ndarray:
@@ -267,7 +273,7 @@ def _searchable(num_frames: np.ndarray, height: np.ndarray, width: np.ndarray):
 
 def _check_sizes(num_frames, height, width, frame_interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not _is_int(frame_interval) or frame_interval < 1:
-        raise ConfigError("frame_interval", frame_interval, "it must be an integer of at least 1.")
+        raise ConfigError("dataset.frame_interval", frame_interval, "it must be an integer of at least 1.")
     arrays = tuple(np.atleast_1d(np.asarray(a)) for a in (num_frames, height, width))
     if len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 1:
         raise ValueError(f"num_frames, height and width must be of one length, not {[a.shape for a in arrays]}")

@@ -113,7 +113,7 @@ def load_metadata(
     path = Path(path)
     table = _read_table(path)
     if not len(table):
-        raise ConfigError("metadata", str(path), "the table has no rows; it needs at least one sample.")
+        raise ConfigError("dataset.data_path", str(path), "the table has no rows; it needs at least one sample.")
     numbers = {name: _numbers(table, name) for name in OPTIONAL}
     folder = path.absolute().parent
     missing = np.flatnonzero(np.any([numbers[name] == 0 for name in SIZES], axis=0))
@@ -133,16 +133,18 @@ def load_metadata(
 def _read_table(path: Path) -> pa.Table:
     if not path.is_file():
         raise ConfigError(
-            "metadata", str(path), "there is no such file; give a CSV or Parquet table with columns path and text."
+            "dataset.data_path",
+            str(path),
+            "there is no such file; give a CSV or Parquet table with path and text.",
         )
     suffix = path.suffixes[-2] if path.suffix == ".gz" and len(path.suffixes) > 1 else path.suffix
     readers = {".csv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet}
     if suffix.lower() not in readers:
-        raise ConfigError("metadata", str(path), f"the table must be one of {', '.join(readers)}.")
+        raise ConfigError("dataset.data_path", str(path), f"the table must be one of {', '.join(readers)}.")
     try:
         return readers[suffix.lower()](path)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError("metadata", str(path), f"the table cannot be read: {error}") from error
+        raise ConfigError("dataset.data_path", str(path), f"the table cannot be read: {error}") from error
 
 
 def _wanted(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
@@ -151,7 +153,7 @@ def _wanted(path: Path, columns: list[str]) -> dict[str, pa.DataType]:
     if absent:
         plural = "s" if len(absent) > 1 else ""
         raise ConfigError(
-            "metadata",
+            "dataset.data_path",
             str(path),
             f"the column{plural} {' and '.join(map(repr, absent))} must be there; found: {', '.join(columns)}.",
         )

@@ -31,7 +31,8 @@ class BatchRequest:
         index: the batch's place in the epoch's global list.
         bucket: index of its bucket.
         samples: int64 [B], rows of the metadata.
-        spares: int64 [<= 16], other members of the bucket, to stand in for samples that turn out bad.
+        spares: int64 [<= 16], to stand in for samples that turn out bad: other members of the bucket first, then those
+            of buckets that differ from it in the aspect ratio only.
         step_samples: samples in the whole optimizer step, over all ranks and micro-batches.
     """
 
@@ -237,10 +238,18 @@ class BucketSampler:
             )
 
     def _spares(self, plan: EpochPlan, index: int, samples: np.ndarray) -> np.ndarray:
-        members = plan.members(plan.batch_bucket[index])
+        """Members of the bucket; where it has too few, then members of its siblings, which are cropped more."""
+        bucket = plan.batch_bucket[index]
+        siblings = self.buckets.siblings(bucket)
         rng = sample_rng(self.seed, plan.epoch, index, "spares")
-        drawn = members[rng.choice(len(members), min(len(members), len(samples) + MAX_SPARES), replace=False)]
-        return drawn[~np.isin(drawn, samples)][:MAX_SPARES].astype(np.int64)
+        spares = np.empty(0, dtype=np.int64)
+        for first, last in ((bucket, bucket + 1), (siblings.start, siblings.stop)):
+            if len(spares) < MAX_SPARES:
+                members = plan.order[plan.bounds[first] : plan.bounds[last]]
+                taken = np.concatenate([samples, spares])
+                drawn = members[rng.choice(len(members), min(len(members), len(taken) + MAX_SPARES), replace=False)]
+                spares = np.concatenate([spares, drawn[~np.isin(drawn, taken)]])
+        return spares[:MAX_SPARES]
 
     def advance(self) -> None:
         """Moves the state on by one optimizer step, into the next epoch where less than a step is left."""
@@ -275,7 +284,7 @@ class BucketSampler:
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         batches = len(self.plan(self.epoch))
-        if state.get("batches", batches) != batches:
+        if self.position and state.get("batches", batches) != batches:
             log.warning(
                 "epoch %d has %d batches now and had %d: the data or the buckets have changed, so it begins anew",
                 self.epoch,

@@ -129,7 +129,7 @@ class Trainer:
                 "mse": mse,
                 "vb": vb,
                 "grad_norm": grad_norm,
-                "lr": self._learning_rate(),
+                "lr": self.optimizer.param_groups[0]["lr"],
                 "tokens_per_second": totals[3] / seconds,
                 "step_seconds": seconds,
                 "wait_share": totals[5] / self.processes.world_size / seconds,
@@ -177,12 +177,10 @@ class Trainer:
             return nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
-    def _learning_rate(self) -> float:
-        return self.config.lr * min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
-
     def _set_learning_rate(self) -> None:
+        """Linear warm-up, then constant."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self.config.lr * min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
 
     def _count_bad_samples(self, batches: list[dict], bad: int, seen: int) -> None:
         found = [entry for batch in batches for entry in batch["bad"]]

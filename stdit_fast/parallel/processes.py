@@ -73,6 +73,7 @@ def launch(seed: int) -> Processes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             colossalai.launch_from_torch(seed=seed, verbose=False)
+    torch.manual_seed(seed)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     return Processes(dist.get_rank(), dist.get_world_size(), device)
 

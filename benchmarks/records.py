@@ -1,0 +1,85 @@
+"""Benchmark results: one JSON object a line in `benchmarks/results/<gpu>/<suite>.jsonl`.
+
+A later line for the same suite, case and impl replaces an earlier one; null stands where a key does not apply.
+"""
+
+import json
+import platform
+import statistics
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def device_name() -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpu = Path("/proc/cpuinfo")
+    names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")] if cpu.exists() else []
+    return names[0].split(":", 1)[1].strip() if names else platform.processor()
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "transformers", "diffusers", "colossalai"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass
+class Record:
+    """One measured figure.
+
+    Attributes:
+        suite, case, impl: what was measured, on which input, of which implementation.
+        ms, ms_low, ms_high: median, and the lowest and highest of the repeats, in milliseconds.
+        bytes, flops: that the work must move and do, at least.
+        peak_gib: device memory at most (on the CPU, resident memory), in GiB.
+        device, versions, date, command: what it was measured on, with, when, and how to repeat it.
+        notes: anything else.
+    """
+
+    suite: str
+    case: str
+    impl: str
+    ms: float | None
+    ms_low: float | None
+    ms_high: float | None
+    bytes: int | None = None
+    flops: int | None = None
+    peak_gib: float | None = None
+    device: str = field(default_factory=device_name)
+    versions: dict = field(default_factory=installed_versions)
+    date: str = field(default_factory=lambda: date.today().isoformat())
+    command: str = field(default_factory=lambda: command_line())
+    notes: dict = field(default_factory=dict)
+
+    @classmethod
+    def of_times(cls, suite: str, case: str, impl: str, milliseconds: list[float], **more) -> "Record":
+        """From the times of the repeats, in milliseconds."""
+        times = sorted(milliseconds)
+        return cls(suite, case, impl, statistics.median(times), times[0], times[-1], **more)
+
+
+def command_line() -> str:
+    """This process's command, as a user would type it."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = module.name.removesuffix(".__main__") if module else Path(sys.argv[0]).name
+    return " ".join(["python -m" if module else "python", name, *sys.argv[1:]])
+
+
+def append(path: str | Path, records: list[Record]) -> None:
+    """Adds lines to a results file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)

@@ -1,0 +1,142 @@
+"""The transformer's training step, forward and backward, without optimizer: suite "step".
+
+    python -m stdit_fast.benchmarks.step --cases 144p-16-6 256-1-24 --impl reference compile --out step.jsonl
+
+A case is resolution-frames-batch. The model is XL/2 in bfloat16 with an x_mask, as in training.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+
+import torch
+
+from stdit_fast import STDiT2, STDiT2Config
+from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.errors import ConfigError
+from stdit_fast.train.buckets import Buckets
+
+IMPLEMENTATIONS = ("reference", "compile")
+TOKENS_OF_TEXT = 200
+COLUMNS = f"{'case':<14}{'impl':<12}{'tokens':>8}{'ms':>9}{'low':>9}{'high':>9}{'TFLOP/s':>9}{'GiB':>8}"
+
+
+def parse_case(case: str) -> tuple[int, int, int, int]:
+    """(frames, height, width, batch) of "144p-16-6", at the aspect ratio of 9:16 or, failing that, the squarest."""
+    try:
+        resolution, frames, batch = case.rsplit("-", 2)
+        buckets = Buckets({resolution: {int(frames): [1.0, int(batch)]}})
+    except ValueError as error:
+        raise ConfigError("cases", case, f"write resolution-frames-batch, like 144p-16-6 ({error})") from error
+    chosen = min(buckets, key=lambda b: abs(b.height / b.width - (9 / 16 if resolution.endswith("p") else 1)))
+    return int(frames), chosen.height, chosen.width, int(batch)
+
+
+def step_flops(config: STDiT2Config, batch: int, frames: int, positions: int) -> int:
+    """Operations of forward and backward, 3 times the forward: the blocks' GEMMs and attentions.
+
+    36 C^2 a token and block for the GEMMs, 4 C times the keys for each attention; recomputation is not counted.
+    """
+    channels, tokens = config.hidden_size, batch * frames * positions
+    keys = positions + frames + TOKENS_OF_TEXT
+    return 3 * tokens * config.depth * (36 * channels**2 + 4 * keys * channels)
+
+
+def make_inputs(config: STDiT2Config, frames: int, height: int, width: int, batch: int, device: str) -> dict:
+    """Random inputs of a training step, every second sample with its first frame as a condition."""
+    generator = torch.Generator(device).manual_seed(0)
+    full = {"device": device, "generator": generator}
+    scalar = torch.ones(batch, device=device)
+    x_mask = torch.ones(batch, frames, dtype=torch.bool, device=device)
+    x_mask[::2, 0] = frames == 1
+    return {
+        "x": torch.randn(batch, 4, frames, height // 8, width // 8, **full),
+        "timestep": torch.randint(1000, (batch,), **full),
+        "y": torch.randn(batch, 1, TOKENS_OF_TEXT, config.caption_channels, dtype=torch.bfloat16, **full),
+        "mask": torch.ones(batch, TOKENS_OF_TEXT, dtype=torch.long),
+        "x_mask": x_mask,
+        "num_frames": scalar * frames,
+        "height": scalar * height,
+        "width": scalar * width,
+        "ar": scalar * height / width,
+        "fps": scalar * 8,
+        "drop_caption": torch.zeros(batch, dtype=torch.bool, device=device),
+    }
+
+
+def measure(model: STDiT2, inputs: dict, repeats: int) -> tuple[list[float], float]:
+    """(milliseconds of each repeat, peak GiB); the device is waited for around every step."""
+    on_gpu = inputs["x"].is_cuda
+    out_grad = None
+    times = []
+    for i in range(repeats + 3):  # three to warm up
+        if i == 3 and on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        model.zero_grad(set_to_none=True)
+        _wait(on_gpu)
+        started = time.perf_counter()
+        out = model(**inputs)
+        out_grad = torch.randn_like(out) if out_grad is None else out_grad
+        out.backward(out_grad)
+        _wait(on_gpu)
+        times.append(1000 * (time.perf_counter() - started))
+    return times[3:], torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
+
+
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["144p-16-6"])
+    parser.add_argument("--impl", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--depth", type=int, default=28)
+    parser.add_argument("--checkpointing", default="off", choices=("off", "all"))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", help="results file to append to")
+    args = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = STDiT2Config(depth=args.depth, backend="reference")
+    with torch.device(device):
+        model = STDiT2(config).to(torch.bfloat16).train()
+    for p in model.parameters():  # zero-initialised layers would be timed on zeros
+        if p.count_nonzero() == 0:
+            torch.nn.init.normal_(p, std=0.02)
+    model.set_checkpointing(args.checkpointing)
+    records = []
+    print(COLUMNS)
+    for case in args.cases:
+        frames, height, width, batch = parse_case(case)
+        inputs = make_inputs(config, frames, height, width, batch, device)
+        positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
+        for impl in args.impl:
+            torch.compiler.reset()
+            blocks = list(model.blocks)
+            if impl == "compile":
+                model.blocks = torch.nn.ModuleList(torch.compile(block) for block in blocks)
+            try:
+                times, peak = measure(model, inputs, args.repeats)
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                print(f"{case:<14}{impl:<12}{batch * frames * positions:>8}  out of memory")
+                continue
+            finally:
+                model.blocks = torch.nn.ModuleList(blocks)
+            flops = step_flops(config, batch, frames, positions)
+            record = Record.of_times("step", case, impl, times, flops=flops, peak_gib=round(peak, 2))
+            record.notes = {"checkpointing": args.checkpointing, "depth": args.depth}
+            records.append(record)
+            rate = flops / record.ms / 1e9
+            print(f"{case:<14}{impl:<12}{batch * frames * positions:>8}{record.ms:>9.1f}{record.ms_low:>9.1f}"
+                  f"{record.ms_high:>9.1f}{rate:>9.0f}{peak:>8.1f}")  # fmt: skip
+    if args.out:
+        append(args.out, [dataclasses.replace(r) for r in records])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

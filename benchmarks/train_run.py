@@ -1,0 +1,148 @@
+"""A short real training run of a stage at full model size, on the clips of tests/data.
+
+    python -m stdit_fast.benchmarks.train_run --config train/configs/stage1.yaml --steps 50 --out FOLDER [--real-size]
+
+The autoencoder and T5 are randomly initialised at their real size with `--real-size` (about 12 GB of disk), else the
+embedded defaults. FOLDER gets metrics.jsonl, the configuration, the loss curve and a summary by bucket.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from stdit_fast.benchmarks.records import device_name, installed_versions
+from stdit_fast.train.demo_data import CAPTIONS
+from stdit_fast.train.pictures import loss_curve
+
+# (clip, frames of it that the table offers, height, width, rows): lengths that reach most buckets of stage 1
+ROWS = (
+    ("bigbuckbunny.mp4", 60, 720, 1280, 240),
+    ("bigbuckbunny.mp4", 132, 720, 1280, 80),
+    ("bikes.mp4", 60, 272, 640, 120),
+    ("bikes.mp4", 250, 272, 640, 60),
+    ("bigbuckbunny.mp4", 1, 720, 1280, 300),
+    ("bikes.mp4", 1, 272, 640, 100),
+)
+
+
+def write_table(clips: Path, path: Path) -> None:
+    """A metadata table over the clips; a row of one frame is a still, read as an image."""
+    import av
+
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "text", "num_frames", "height", "width", "fps"))
+        for name, frames, height, width, rows in ROWS:
+            source = clips / name
+            if frames == 1:
+                with av.open(str(source)) as container:
+                    still = path.with_name(f"{source.stem}.png")
+                    next(container.decode(video=0)).to_image().save(still)
+                source = still
+            for i in range(rows):
+                texts = list(CAPTIONS[name].values())
+                writer.writerow((source.resolve(), texts[i % len(texts)], frames, height, width, 25))
+
+
+def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
+    """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl."""
+    from diffusers import AutoencoderKL
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=256,
+    )
+    vae.save_pretrained(folder / "vae")
+    config = T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        T5EncoderModel(config).save_pretrained(folder / "t5")
+    torch.set_default_dtype(torch.float32)
+    torch.cuda.empty_cache()
+    words = sorted({word for texts in CAPTIONS.values() for text in texts.values() for word in text.split()})
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {word: i + 3 for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder / "t5")
+    return folder / "vae", folder / "t5"
+
+
+def summarise(metrics: Path) -> dict:
+    """Median step time, tokens/s and waiting by bucket, from the second step of each on (the first warms up)."""
+    by_bucket = defaultdict(list)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if "loss" in line:
+            by_bucket[line["bucket"]].append(line)
+    return {
+        bucket: {
+            "steps": len(steps),
+            "median_step_seconds": statistics.median(s["step_seconds"] for s in steps[1:] or steps),
+            "median_tokens_per_second": statistics.median(s["tokens_per_second"] for s in steps[1:] or steps),
+            "mean_wait_share": statistics.mean(s["wait_share"] for s in steps[1:] or steps),
+        }
+        for bucket, steps in sorted(by_bucket.items())
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", default="train/configs/stage1.yaml")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--clips", type=Path, default=Path("tests/data"))
+    parser.add_argument("--out", type=Path, required=True, help="folder for the log of the run")
+    parser.add_argument("--processes", type=int, default=1, help="GPUs")
+    parser.add_argument("--real-size", action="store_true", help="real-size random autoencoder and T5")
+    parser.add_argument("overrides", nargs="*", help="further `--key value` of the training, after `--`")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        write_table(args.clips, scratch / "table.csv")
+        vae, t5 = make_real_size_encoders(scratch) if args.real_size else ("patch-codec", "minilm-embeddings")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)]
+        command += ["-m", "stdit_fast.train", "--config", args.config, "--steps", str(args.steps)]
+        command += ["--dataset.data_path", str(scratch / "table.csv"), "--dataset.drop_last", "false"]
+        command += ["--vae.from_pretrained", str(vae), "--text_encoder.from_pretrained", str(t5)]
+        command += ["--outputs", str(scratch / "run"), *args.overrides]
+        done = subprocess.run(command)
+        args.out.mkdir(parents=True, exist_ok=True)
+        metrics = scratch / "run" / "metrics.jsonl"
+        if metrics.is_file():
+            shutil.copy(metrics, args.out)
+            shutil.copy(args.config, args.out)
+            loss_curve(metrics, args.out / "loss.png", title=f"{Path(args.config).stem}, {args.steps} steps")
+            summary = {
+                "device": device_name(),
+                "versions": installed_versions(),
+                "encoders": "real size, random weights" if args.real_size else "embedded defaults",
+                "command": " ".join(["python -m stdit_fast.benchmarks.train_run", *sys.argv[1:]]),
+                "buckets": summarise(metrics),
+            }
+            (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            print(json.dumps(summary["buckets"], indent=1))
+    return done.returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,411 @@
+"""Whole runs of a small model on the real clips: in this process, in processes that are killed, in two processes."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA
+from safetensors.torch import load_file
+
+from stdit_fast import STDiT2
+from stdit_fast.errors import ConfigError
+from stdit_fast.train import checkpoint
+from stdit_fast.train.config import parse
+
+CONFIG = Path(__file__).parents[1] / "train" / "configs" / "tiny.yaml"
+SMALL = {
+    "model.hidden_size": 24,
+    "model.depth": 2,
+    "text_encoder.model_max_length": 8,
+    "dataset.num_workers": 0,
+    "validation.every": 0,
+    "buckets": "{64p: {1: [1.0, 3], 4: [0.5, 2], 8: [1.0, 2]}}",
+    "ckpt_every": 3,
+    "keep_checkpoints": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """A metadata table over the clips: each as videos of several stated lengths, and stills."""
+    import av
+
+    folder = tmp_path_factory.mktemp("data")
+    path = folder / "table.csv"
+    rows = []
+    for name, height, width in (("bikes", 272, 640), ("carphone_pristine", 144, 176)):
+        with av.open(str(DATA / f"{name}.mp4")) as container:
+            for i, frame in zip(range(4), container.decode(video=0), strict=False):
+                frame.to_image(width=width // 2, height=height // 2).save(folder / f"{name}{i}.png")
+                rows.append((f"{name}{i}.png", f"a still of {name}", 1, height // 2, width // 2))
+        for frames in (10, 30, 60):
+            rows.append((DATA / f"{name}.mp4", f"a clip of {name}, {frames} frames", frames, height, width))
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("path", "text", "num_frames", "height", "width"), *rows])
+    return path
+
+
+def arguments(table: Path, outputs: Path, **changes) -> list[str]:
+    values = SMALL | {"dataset.data_path": table, "outputs": outputs} | changes
+    return ["--config", str(CONFIG), *(part for key, value in values.items() for part in (f"--{key}", str(value)))]
+
+
+def command(processes: int, args: list[str]) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable, *(launcher if processes > 1 else []), "-m", "stdit_fast.train", *args]
+
+
+def run(args: list[str], processes: int = 1) -> subprocess.CompletedProcess:
+    """A run as a user starts it; each process with one thread, so that sums are made in one order everywhere."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(processes, args), env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def losses(outputs: Path) -> list[tuple]:
+    """(step, loss, gradient norm) of every step, in the order of the file."""
+    lines = [json.loads(line) for line in (outputs / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def finished(table, tmp_path_factory):
+    """An uninterrupted run of 9 steps of two micro-batches, in a process of its own."""
+    outputs = tmp_path_factory.mktemp("finished")
+    run(arguments(table, outputs, steps=9, grad_accumulation=2))
+    return outputs
+
+
+def test_a_finished_run(finished):
+    record = losses(finished)
+    assert [step for step, *_ in record] == list(range(1, 10))
+    assert all(math.isfinite(loss) and norm > 0 for _, loss, norm in record)
+    kept = checkpoint.complete_checkpoints(finished / "checkpoints")
+    assert [path.name for path in kept] == ["step-00000006", "step-00000009"]
+    model, ema = (STDiT2.from_pretrained(kept[-1] / part) for part in ("model", "ema"))
+    assert not torch.equal(model.blocks[0].mlp.fc1.weight, ema.blocks[0].mlp.fc1.weight)
+    assert list((finished / "tensorboard").iterdir())
+    line = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["tokens_per_second"] > 0 and 0 <= line["wait_share"] <= 1 and line["bucket"].startswith("64p-")
+    pickled = [p for p in (finished / "checkpoints").rglob("*") if p.suffix in (".bin", ".pt", ".pkl", ".pth")]
+    assert not pickled
+
+
+def wait_for_step(outputs: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    file = outputs / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be stopped"
+        if file.is_file() and len(file.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def test_terminated_and_killed_it_continues_bit_for_bit(table, finished, tmp_path):
+    args = arguments(table, tmp_path, steps=9, grad_accumulation=2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
+        process = subprocess.Popen(command(1, args), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wait_for_step(tmp_path, step, process)
+        process.send_signal(number)
+        output = process.communicate(timeout=120)[0].decode()
+        if number == signal.SIGTERM:
+            assert process.returncode == 0, output
+            done = losses(tmp_path)[-1][0]
+            assert step <= done < 9
+            assert checkpoint.newest_checkpoint(tmp_path / "checkpoints").name == f"step-{done:08d}"
+        else:
+            assert process.returncode == -signal.SIGKILL
+    run(args)
+    assert losses(tmp_path) == losses(finished)
+    for part in ("model", "ema"):
+        mine, other = (
+            load_file(p / f"checkpoints/step-00000009/{part}/model.safetensors") for p in (tmp_path, finished)
+        )
+        assert all(torch.equal(mine[key], other[key]) for key in other)
+
+
+def test_two_processes_train_like_one_with_both_batches(table, finished, tmp_path):
+    """Same batches, same curve, up to the order of the sums; and one goes on from the other's checkpoint."""
+    run(arguments(table, tmp_path, steps=6), processes=2)
+    for mine, other in zip(losses(tmp_path), losses(finished)[:6], strict=True):
+        assert mine == pytest.approx(other, rel=2e-4), (mine, other)
+    mine, other = (load_file(p / "checkpoints/step-00000006/model/model.safetensors") for p in (tmp_path, finished))
+    for key in other:
+        assert (mine[key] - other[key]).abs().max() <= 1e-4, key
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
+    shutil.copytree(finished / "checkpoints" / "step-00000006", tmp_path / "checkpoints" / "step-00000006")
+    run(arguments(table, tmp_path, steps=9), processes=2)
+    for mine, other in zip(losses(tmp_path)[6:], losses(finished)[6:], strict=True):
+        assert mine == pytest.approx(other, rel=2e-4), (mine, other)
+
+
+# --------------------------------------------------------------- in this process
+
+
+@pytest.fixture
+def trainer(table, tmp_path):
+    """trainer(**changes) -> a Trainer that writes into tmp_path / "run"."""
+    from stdit_fast.train.trainer import Trainer
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def make(outputs="run", data=table, **changes):
+        return Trainer(parse(arguments(data, tmp_path / outputs, **changes)))
+
+    yield make
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_next_stage_with_and_without_the_optimizer(trainer, tmp_path):
+    first = trainer(steps=3)
+    path = first.train()
+    for keep in (True, False):
+        second = trainer(f"second-{keep}", steps=1, load=path, load_optimizer=keep)
+        assert second.step == 0 and second.data.sampler.state_dict()["position"] == 0
+        for mine, other in zip(second.optimizer.masters, first.optimizer.masters, strict=True):
+            assert torch.equal(mine, other)
+        states = second.optimizer.optim.state
+        assert bool(states) == keep
+        if keep:
+            for mine, other in zip(second.optimizer.masters, first.optimizer.masters, strict=True):
+                theirs = first.optimizer.optim.state[other]
+                assert all(torch.equal(states[mine][k], theirs[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+        second.train()  # and it trains on
+
+
+def test_non_finite_steps_are_skipped_counted_and_stop_the_run(trainer, monkeypatch, tmp_path):
+    from stdit_fast.train.trainer import Trainer, TrainingError
+
+    one = trainer(steps=8, max_skipped_in_a_row=3)
+    real, poisoned = Trainer.losses, {2, 5, 6, 7}
+    before = {}
+
+    def losses_(self, model, batch):
+        out = real(self, model, batch)
+        if self.step + 1 in poisoned:
+            before[self.step + 1] = [m.clone() for m in (*self.optimizer.masters, *self.state.ema.averages)]
+            factor = math.nan if self.step % 2 else math.inf
+            out = {key: value * factor for key, value in out.items()}
+        elif self.step in before:  # the step before this one was poisoned: nothing may have moved
+            now = [*self.optimizer.masters, *self.state.ema.averages]
+            assert all(torch.equal(a, b) for a, b in zip(before[self.step], now, strict=True))
+        return out
+
+    monkeypatch.setattr(Trainer, "losses", losses_)
+    with pytest.raises(TrainingError, match=r"3 steps in a row were not finite.*bucket 64p-.*(png|mp4)"):
+        one.train()
+    assert one.step == 7 and one.skipped == 4
+    assert all(torch.isfinite(m).all() for m in one.optimizer.masters)
+    assert len((tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()) == 4
+    assert checkpoint.optimizer_steps(one.optimizer) == 3
+
+
+def test_a_non_finite_gradient_alone_skips_too(trainer):
+    one = trainer(steps=1)
+    weight = one.state.model.blocks[0].mlp.fc1.weight
+    handle = weight.register_hook(lambda grad: grad * math.inf)
+    before = [m.clone() for m in one.optimizer.masters]
+    one.train()
+    handle.remove()
+    assert one.skipped == 1 and all(torch.equal(a, b) for a, b in zip(before, one.optimizer.masters, strict=True))
+
+
+def test_sample_weighting_is_the_mean_over_samples(trainer, monkeypatch):
+    """With batches of unequal size, the step's gradient is that of the mean over all samples."""
+    buckets = "{64p: {1: [1.0, 5], 8: [1.0, 1]}}"
+    one = trainer(steps=1, grad_accumulation=2, loss_weighting="sample", buckets=buckets, grad_clip=0)
+    batches = iter(one.data.loader(one.config, pin_memory=False))
+    pair = [next(batches), next(batches)]
+    found = []
+    monkeypatch.setattr(one, "_update", lambda loss: found.append(loss) or 1.0)
+    one.metrics = None
+    one.train_step(iter(pair))
+    grads = [p.grad.clone() for p in one.state.model.parameters()]
+    one.optimizer.zero_grad()
+    each = torch.cat([one.losses(one.state.model, batch)["loss"] for batch in pair])
+    assert len(each) == pair[0]["request"].step_samples
+    each.mean().backward()
+    assert found[0] == pytest.approx(float(each.mean().detach()), rel=1e-5)
+    for got, want in zip(grads, (p.grad for p in one.state.model.parameters()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
+def test_validation_is_the_same_every_time_and_leaves_no_trace(trainer):
+    one = trainer(steps=2, **{"validation.every": 1, "model.class_dropout_prob": 0.5})
+    one.train()
+    other = trainer("other", steps=2, **{"model.class_dropout_prob": 0.5})
+    other.train()
+    assert losses(one.folder) == losses(other.folder)
+    one.metrics = None
+    assert one.validate() == one.validate()
+    lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    validations = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in validations] == [1, 2]
+    assert (
+        set(validations[0]["val_loss_per_bucket"]) >= {"64p-1-0.75"} or len(validations[0]["val_loss_per_bucket"]) > 1
+    )
+
+
+def test_bad_samples_are_replaced_listed_once_and_limited(trainer, table, tmp_path):
+    rows = table.read_text().splitlines()
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes((DATA / "bikes.mp4").read_bytes()[:2000])
+    name = rows[1].split(",")[0]
+    (tmp_path / name).write_bytes((table.parent / name).read_bytes())
+    changed = [rows[0], *(r.replace(str(DATA / "bikes.mp4"), str(broken)) if "60 frames" in r else r for r in rows[1:])]
+    changed = [r if r.startswith("/") or "path" in r else f"{table.parent}/{r}" for r in changed]
+    data = tmp_path / "table.csv"
+    data.write_text("\n".join(changed) + "\n")
+    one = trainer(data=data, steps=12, **{"dataset.max_bad_share": 0.9})
+    one.train()
+    listed = [json.loads(line) for line in (one.folder / "bad_samples.jsonl").read_text().splitlines()]
+    assert [Path(entry["path"]).name for entry in listed] == ["broken.mp4"] and listed[0]["reason"]
+    assert one.step == 12 and one.bad_samples.count >= 1
+
+
+def test_a_disk_that_refuses_costs_no_step(trainer, monkeypatch):
+    one = trainer(steps=5, ckpt_every=2)
+    real, refused = checkpoint.save_file, []
+
+    def refuse(*args, **kwargs):
+        if one.step == 2:
+            refused.append(one.step)
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    one.train()
+    kept = checkpoint.complete_checkpoints(one.folder / "checkpoints")
+    assert refused and [path.name for path in kept] == ["step-00000004", "step-00000005"]
+    assert not list((one.folder / "checkpoints").glob(".*"))
+
+
+def test_what_a_killed_save_leaves_is_no_checkpoint(trainer):
+    one = trainer(steps=3)
+    one.train()
+    folder = one.folder / "checkpoints"
+    shutil.copytree(folder / "step-00000003", folder / ".writing-step-00000006")
+    assert checkpoint.newest_checkpoint(folder).name == "step-00000003"
+    again = trainer(steps=4)
+    assert again.step == 3 and not (folder / ".writing-step-00000006").exists()
+
+
+def test_changed_buckets_begin_the_next_epoch(trainer, caplog):
+    one = trainer(steps=2)
+    one.train()
+    again = trainer(steps=3, buckets="{64p: {1: [1.0, 2], 8: [1.0, 1]}}")
+    assert again.step == 2 and again.data.sampler.state_dict()["epoch"] == one.data.sampler.state_dict()["epoch"] + 1
+    assert "going on with epoch" in caplog.text
+
+
+def test_gradient_checkpointing_changes_nothing(trainer):
+    plain, recomputed = trainer("plain", steps=2), trainer("recomputed", steps=2, grad_checkpoint="true")
+    assert recomputed.state.model.checkpointed_blocks == 2
+    plain.train()
+    recomputed.train()
+    assert losses(plain.folder) == losses(recomputed.folder)
+
+
+def test_iddpm_speed_trains(trainer):
+    one = trainer(steps=2, **{"scheduler.type": "iddpm-speed"})
+    one.train()
+    assert len(losses(one.folder)) == 2
+
+
+def test_warm_up(trainer):
+    one = trainer(steps=4, warmup_steps=3, lr=1e-3)
+    one.train()
+    lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+
+
+def test_ema_follows_the_weights(trainer):
+    one = trainer(steps=3, ema_decay=0.7)
+    want = [m.clone() for m in one.optimizer.masters]
+    real = one._update
+
+    def update(loss):
+        norm = real(loss)
+        for average, master in zip(want, one.optimizer.masters, strict=True):
+            average.mul_(0.7).add_(master.detach(), alpha=0.3)
+        return norm
+
+    one._update = update
+    one.train()
+    for got, average in zip(one.state.ema.averages, want, strict=True):
+        torch.testing.assert_close(got, average)
+
+
+# ------------------------------------------------------------------- bad input
+
+
+def refuses(capfd, args: list[str], *parts: str) -> None:
+    """A run that ends with a message before it trains; the message has all `parts`."""
+    done = subprocess.run(command(1, args), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    for part in parts:
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_command_line_says_what_is_wrong(table, tmp_path, capfd):
+    refuses(capfd, arguments(table, tmp_path, lrr=3), "lrr", "did you mean 'lr'")
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        (
+            {"buckets": "{1024: {1: [1.0, 1]}}"},
+            ("136x320", "1024: height*width >= 838861"),
+        ),  # nothing fits: what there is, what is needed
+        ({"buckets": "{64p: {8: [1.0, 500]}}", "dataset.drop_last": "true"}, ("500", "64p-8")),
+        ({"vae.from_pretrained": "/no/such/vae"}, ("vae.from_pretrained", "/no/such/vae")),
+        ({"text_encoder.from_pretrained": "/no/such/t5"}, ("text_encoder.from_pretrained", "/no/such/t5")),
+        ({"model.from_pretrained": "/no/such/model"}, ("/no/such/model",)),
+        ({"grad_accumulation": 500, "dataset.drop_last": "true"}, ("500",)),
+        ({"plugin": "zero2"}, ("zero2 needs a GPU",)),
+    ],
+)
+def test_refused_before_the_first_step(trainer, changes, parts):
+    if changes.get("plugin") == "zero2" and torch.cuda.is_available():
+        pytest.skip("zero2 works here: there is a GPU")
+    with pytest.raises(ConfigError) as caught:
+        trainer(steps=1, **changes)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+
+
+def test_a_missing_column(trainer, tmp_path):
+    bad = tmp_path / "bad.csv"
+    bad.write_text("path,caption\nx.mp4,hello\n")
+    with pytest.raises(ConfigError, match="text"):
+        trainer(data=bad, steps=1)
+
+
+def test_a_checkpoint_of_another_shape(trainer):
+    trainer(steps=1).train()
+    with pytest.raises(ConfigError, match=r"keys of another shape: .*the model has"):
+        trainer(steps=2, **{"model.hidden_size": 48})
+
+
+def test_weights_of_another_shape(trainer, tmp_path):
+    path = trainer(steps=1).train()
+    with pytest.raises(ConfigError, match="model.hidden_size = 48: the weights at .* have 24"):
+        trainer("other", steps=1, **{"model.hidden_size": 48, "model.from_pretrained": path / "model"})
+    one = trainer("third", steps=1, **{"model.from_pretrained": path / "model"})
+    assert one.step == 0 and not one.state.model.config.qk_norm_legacy

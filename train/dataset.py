@@ -1,0 +1,219 @@
+"""From a request of the sampler to a batch of clips, captions and everything random that belongs to them."""
+
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from stdit_fast.train.buckets import Bucket, Buckets
+from stdit_fast.train.metadata import Metadata, Sample
+from stdit_fast.train.randomness import sample_rng
+from stdit_fast.train.sampler import BatchRequest, BucketSampler
+from stdit_fast.train.video import BadSample, decode_clip, decode_image, is_image
+
+# What Open-Sora 1.1 gives the model as the frame rate of an image.
+IMAGE_FPS = 120.0
+
+
+class NoGoodSample(RuntimeError):
+    """Neither the samples of a batch nor those that could replace them can be used."""
+
+
+class VideoTextDataset(Dataset):
+    """Loads whole batches: ``dataset[request]``.
+
+    Everything random about a sample is keyed by (seed, epoch, row), so it is the same in any batch, on any number of
+    ranks and after any resume.
+
+    A batch is a dict of tensors on the CPU, stacked over the B samples of one bucket:
+    video float32 [B, 3, T, H, W] in [-1, 1]; text list[str]; x_mask bool [B, T], False where a frame is a condition;
+    timestep int64 [B]; noise float32 [B, C, T, H//8, W//8]; posterior_noise, shaped alike, or None; drop_caption bool
+    [B]; num_frames, height, width (pixels), ar (height / width), fps (frames a second that are shown; 120 for images),
+    float32 [B]; samples int64 [B], the rows that were used; bucket, its index; request, the BatchRequest; bad, a list
+    of dict(sample, path, reason) of the samples that had to be replaced.
+
+    Args:
+        metadata: the table of samples.
+        buckets: the buckets that the requests refer to.
+        seed: of everything random.
+        frame_interval: one frame in so many is used.
+        mask_sampler: (num_frames, rng) -> bool [T], False where a frame is a condition; images are never masked.
+        timestep_sampler: rng -> int, a diffusion timestep.
+        caption_dropout: share of the samples that are trained without their caption.
+        latent_channels, downsample: channels of the autoencoder's latents, and pixels of a side for one of theirs.
+        posterior_noise: whether the autoencoder draws its latents, and batches bring the noise for it.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        buckets: Buckets,
+        *,
+        seed: int,
+        frame_interval: int,
+        mask_sampler: Callable[[int, np.random.Generator], np.ndarray],
+        timestep_sampler: Callable[[np.random.Generator], int],
+        caption_dropout: float,
+        latent_channels: int = 4,
+        downsample: int = 8,
+        posterior_noise: bool = False,
+    ):
+        self.metadata, self.buckets, self.seed, self.frame_interval = metadata, buckets, seed, frame_interval
+        self.mask_sampler, self.timestep_sampler = mask_sampler, timestep_sampler
+        self.caption_dropout, self.posterior_noise = caption_dropout, posterior_noise
+        self.latent_channels, self.downsample = latent_channels, downsample
+
+    def __len__(self) -> int:
+        return len(self.metadata)
+
+    def __getitem__(self, request: BatchRequest) -> dict[str, Any]:
+        """Loads the samples of a request; a bad one is replaced by a spare, or by a good one of the same batch.
+
+        Raises:
+            NoGoodSample: all samples and spares are bad.
+        """
+        bucket = self.buckets[request.bucket]
+        spares, bad = iter(request.spares.tolist()), []
+        good = [self._load_or_replace(row, spares, request.epoch, bucket, bad) for row in request.samples.tolist()]
+        usable = [item for item in good if item is not None]
+        if not usable:
+            raise NoGoodSample(_no_good_sample(bucket, bad))
+        items = [item or usable[i % len(usable)] for i, item in enumerate(good)]
+        batch = {key: _stack([item[key] for item in items]) for key in items[0]}
+        return batch | {"bucket": request.bucket, "request": request, "bad": bad}
+
+    def _load_or_replace(self, row: int, spares, epoch: int, bucket: Bucket, bad: list[dict]) -> dict | None:
+        while row is not None:
+            sample = self.metadata.row(row)
+            try:
+                return self._load(sample, epoch, bucket)
+            except BadSample as error:
+                bad.append({"sample": row, "path": sample.path, "reason": error.reason})
+            row = next(spares, None)
+        return None
+
+    def _load(self, sample: Sample, epoch: int, bucket: Bucket) -> dict[str, Any]:
+        def rng(purpose: str) -> np.random.Generator:
+            return sample_rng(self.seed, epoch, sample.index, purpose)
+
+        video = self._decode(sample, bucket, rng("crop"))
+        length = bucket.num_frames
+        mask = np.ones(1, dtype=bool) if bucket.is_image else self.mask_sampler(length, rng("mask"))
+        latent_shape = self.latent_channels, length, bucket.height // self.downsample, bucket.width // self.downsample
+
+        def normal(purpose: str) -> torch.Tensor:
+            return torch.from_numpy(rng(purpose).standard_normal(latent_shape, dtype=np.float32))
+
+        return {
+            "video": video,
+            "text": sample.text,
+            "x_mask": torch.from_numpy(np.asarray(mask, dtype=bool)),
+            "timestep": torch.tensor(int(self.timestep_sampler(rng("timestep"))), dtype=torch.int64),
+            "noise": normal("noise"),
+            "posterior_noise": normal("posterior_noise") if self.posterior_noise else None,
+            "drop_caption": torch.tensor(rng("caption").random() < self.caption_dropout),
+            "num_frames": torch.tensor(float(length)),
+            "height": torch.tensor(float(bucket.height)),
+            "width": torch.tensor(float(bucket.width)),
+            "ar": torch.tensor(bucket.height / bucket.width),
+            "fps": torch.tensor(IMAGE_FPS if bucket.is_image else sample.fps / self.frame_interval),
+            "samples": torch.tensor(sample.index, dtype=torch.int64),
+        }
+
+    def _decode(self, sample: Sample, bucket: Bucket, rng: np.random.Generator) -> torch.Tensor:
+        size = {"height": bucket.height, "width": bucket.width}
+        if is_image(sample.path):
+            if not bucket.is_image:
+                raise BadSample(f"too short: an image, where {bucket.num_frames} frames are needed")
+            return decode_image(sample.path, **size)
+        if bucket.is_image:
+            try:  # an image may have any name; else it is a clip of one frame
+                return decode_image(sample.path, **size)
+            except BadSample:
+                return decode_clip(sample.path, start=0, num_frames=1, frame_interval=1, **size)
+        spare_frames = sample.num_frames - (bucket.num_frames - 1) * self.frame_interval
+        if spare_frames < 1:
+            raise BadSample(f"too short: {sample.num_frames} frames")
+        start = int(rng.integers(spare_frames))
+        return decode_clip(
+            sample.path, start=start, num_frames=bucket.num_frames, frame_interval=self.frame_interval, **size
+        )
+
+
+def _stack(values: list) -> Any:
+    if isinstance(values[0], torch.Tensor):
+        return torch.stack(values)
+    return None if values[0] is None else values
+
+
+def _no_good_sample(bucket: Bucket, bad: list[dict]) -> str:
+    reasons = Counter(entry["reason"].partition(":")[0] for entry in bad)
+    return (
+        f"bucket {bucket.name}: none of the {len(bad)} samples that were tried can be used "
+        f"({', '.join(f'{reason}: {count}' for reason, count in reasons.most_common())}); "
+        f"the first is {bad[0]['path']} ({bad[0]['reason']})"
+    )
+
+
+def make_loader(
+    dataset: VideoTextDataset,
+    sampler: BucketSampler,
+    *,
+    num_workers: int,
+    pin_memory: bool,
+    prefetch_factor: int = 2,
+) -> DataLoader:
+    """Batches in the sampler's order, from its present position on, without end.
+
+    Args:
+        dataset, sampler: what to load, in which order.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin_memory: whether batches lie in page-locked memory, for copies to a GPU.
+        prefetch_factor: batches that each process keeps ready.
+    """
+    processes = {}
+    if num_workers:
+        # Forked workers share the table of samples, which may be gigabytes, with this process.
+        processes = {"prefetch_factor": prefetch_factor, "multiprocessing_context": "fork"}
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        collate_fn=_unchanged,
+        worker_init_fn=_start_worker,
+        # Of its own, because the loader draws from it: the global generator's state belongs to the training.
+        generator=torch.Generator(),
+        **processes,
+    )
+
+
+def _unchanged(batch: dict) -> dict:
+    return batch
+
+
+def _start_worker(worker_id: int) -> None:
+    """One thread, and no signal handlers of the training process.
+
+    torchrun and Slurm send SIGTERM to all processes of a job, and the training process then saves a checkpoint: a
+    worker that died of it would raise in the middle of that. So a worker leaves when its own parent says so, and
+    otherwise goes on until the parent closes it or is gone.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_leave_when_told, daemon=True).start()
+
+
+def _leave_when_told() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -71,7 +71,8 @@ def good(tmp_path_factory) -> Data:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> Data:
-    """Rows 0, 1: a good clip; 2: corrupt, 3: vanished, 4: shorter than its row says, 5: empty; 6, 7: good and bad image.
+    """Rows 0, 1: a good clip; 2: corrupt; 3: vanished; 4: shorter than its row says; 5: empty; 6, 7: a good and a bad
+    still.
 
     The table gives all sizes, so that nothing is noticed before it is decoded.
     """
@@ -206,9 +207,7 @@ def test_an_image_in_a_video_bucket_and_a_clip_in_an_image_bucket(damaged):
 
 
 def test_no_good_sample_names_the_bucket_and_the_reasons(damaged):
-    with pytest.raises(
-        NoGoodSample, match=r"tiny-4-1\.00: none of the 3 .*corrupt: 1, vanished: 1, too short: 1.*corrupt"
-    ):
+    with pytest.raises(NoGoodSample, match=r"tiny-4-1\.00: none of the 3 samples.*vanished: 1.*corrupt\.mp4"):
         damaged.dataset()[damaged.request(4, [2, 3], spares=[4])]
 
 

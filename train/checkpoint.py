@@ -27,7 +27,7 @@ from torch import Tensor
 from stdit_fast.errors import ConfigError
 from stdit_fast.model.checkpoints import Mismatch
 from stdit_fast.model.stdit2 import STDiT2
-from stdit_fast.parallel.plugins import MasterWeights
+from stdit_fast.parallel.masters import MasterWeights
 from stdit_fast.parallel.processes import Processes
 from stdit_fast.train.ema import EMA
 

@@ -181,7 +181,7 @@ def make_loader(
     if num_workers:
         # Forked workers share the table of samples, which may be gigabytes, with this process.
         processes = {"prefetch_factor": prefetch_factor, "multiprocessing_context": "fork"}
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=None,
         sampler=sampler,
@@ -195,20 +195,30 @@ def make_loader(
     )
 
 
-def _unchanged(batch: dict) -> dict:
-    return batch
-
-
-def _start_worker(worker_id: int) -> None:
-    """One thread, and no signal handlers of the training process.
+class _Loader(DataLoader):
+    """A loader whose workers run no signal handlers of the training process.
 
     torchrun and Slurm send SIGTERM to all processes of a job, and the training process then saves a checkpoint: a
     worker that died of it would raise in the middle of that. So a worker leaves when its own parent says so, and
     otherwise goes on until the parent closes it or is gone.
     """
+
+    def __iter__(self):
+        # Blocked from before the fork, so that every thread of a worker has it blocked; torch starts some early.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _unchanged(batch: dict) -> dict:
+    return batch
+
+
+def _start_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_when_told, daemon=True).start()
 
 

@@ -20,7 +20,7 @@ logger = logging.getLogger("demo")
 
 CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
 PANELS = 3  # batches on the contact sheet
-STEPS, SHORT_STEPS = 240, 40
+STEPS, SHORT_STEPS = 600, 60
 
 
 def main() -> int:
@@ -62,13 +62,12 @@ def _train(arguments: list[str]) -> None:
 
 
 def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
-    """Mean loss of the first and of the last eighth of the steps."""
+    """Mean loss of the first five and of the last eighth of the steps."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     if len(losses) != steps:
         raise SystemExit(f"metrics.jsonl has {len(losses)} steps, expected {steps}: the resume lost or repeated some")
-    window = max(1, steps // 8)
-    return float(np.mean(losses[:window])), float(np.mean(losses[-window:]))
+    return float(np.mean(losses[:5])), float(np.mean(losses[-steps // 8 :]))
 
 
 def draw(run: Path, arguments: list[str]) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """A small training set from the three real clips: segments and stills in several sizes and aspect ratios."""
 
 import csv
+import itertools
 import os
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from stdit_fast.errors import ConfigError
 
-# clip -> caption of each stretch of it, by its first frame
+# clip -> caption of each shot of it, by its first frame
 CAPTIONS = {
     "bigbuckbunny.mp4": {
         0: "a big grey rabbit crawls out of its burrow in a green meadow, animated film",
@@ -21,16 +22,16 @@ CAPTIONS = {
         90: "a big grey rabbit stands in a green meadow and holds its ear, animated film",
     },
     "bikes.mp4": {
-        0: "a bench on a pavement, seen from above",
-        30: "taxis and cars in dense traffic, close up",
-        76: "a van and cars drive by in a street at dusk",
-        137: "a street with parked cars behind an iron fence",
+        0: "the white roof of a long vehicle in a street, seen from above",
+        30: "a taxi and other cars in dense traffic, close up",
+        76: "a cyclist waits beside a van in a street at dusk",
+        137: "cars drive by in a street behind an iron fence",
         187: "a person walks past a bicycle that leans on an old house",
         242: "a bicycle locked to a fence, close up",
     },
     "carphone_pristine.mp4": {0: "a man in a dark suit and a red bow tie talks in a car"},
 }
-SEGMENT_FRAMES = 36
+SEGMENT_FRAMES = (36, 36, 20)  # in turn, so that there are clips for buckets of several lengths
 STILLS_EVERY = 12
 ASPECTS = {"wide": 9 / 16, "square": 1.0, "tall": 4 / 3}  # height / width
 LONG_SIDE = 256  # pixels; more than the small buckets need would only cost decoding time
@@ -97,12 +98,20 @@ def _crop(frame: np.ndarray, aspect: float) -> np.ndarray:
 
 
 def _segments(name: str, frames: list[np.ndarray], rate: Fraction, folder: Path) -> list[Row]:
+    """Cuts each shot into segments, and each of those into the three shapes."""
     rows = []
-    for number, start in enumerate(range(0, len(frames) - SEGMENT_FRAMES + 1, SEGMENT_FRAMES)):
-        for shape, aspect in ASPECTS.items():
-            path = folder / f"{Path(name).stem}-{number:02d}-{shape}.mp4"
-            _encode(path, [_crop(f, aspect) for f in frames[start : start + SEGMENT_FRAMES]], rate)
-            rows.append(Row(path.name, _caption(name, start + SEGMENT_FRAMES // 2)))
+    shots = [*CAPTIONS[name], len(frames)]
+    for first, end in zip(shots, shots[1:], strict=False):
+        start = first
+        for number in itertools.count():
+            length = min(SEGMENT_FRAMES[number % len(SEGMENT_FRAMES)], end - start)
+            if length < min(SEGMENT_FRAMES):
+                break
+            for shape, aspect in ASPECTS.items():
+                path = folder / f"{Path(name).stem}-{start:03d}-{shape}.mp4"
+                _encode(path, [_crop(f, aspect) for f in frames[start : start + length]], rate)
+                rows.append(Row(path.name, CAPTIONS[name][first]))
+            start += length
     return rows
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -59,7 +60,9 @@ class Trainer:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes))
         optimizer = build_optimizer(config, model, self.device)
-        self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # DDP's, of ColossalAI's arguments
+            self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         ema = EMA(self.optimizer.masters, config.ema_decay) if config.ema_decay > 0 else None
         self.state = TrainState(self.model.unwrap(), buffers, self.optimizer, ema)
 

@@ -4,8 +4,7 @@
 
 The samples are synthetic: one in five is an image, clips have 10 to 600 frames, sides are 100 to 2000 pixels. "assign"
 puts every sample into a bucket with its keep_prob drawn, "plan" is all that an epoch needs: assignment, order, batches.
-Each case has a process of its own, whose resident memory at most is reported: PyTorch, which comes with the package's
-import, takes part of it.
+Each case has a process of its own, whose resident memory at most is reported.
 """
 
 import argparse
@@ -49,11 +48,13 @@ def measure(table: str, case: str, rows: int, repeats: int) -> tuple[list[float]
     sizes, buckets = synthetic_sizes(rows), Buckets(bucket_table(table))
     times = []
     for seed in range(repeats):
+
+        def draw(samples: np.ndarray, level: int, seed: int = seed) -> np.ndarray:
+            return hash_uniform(seed, 0, samples, level)
+
         started = time.perf_counter()
         if case == "assign":
-            buckets.assign(
-                *sizes, FRAME_INTERVAL, lambda samples, level, seed=seed: hash_uniform(seed, 0, samples, level)
-            )
+            buckets.assign(*sizes, FRAME_INTERVAL, draw)
         else:
             BucketSampler(*sizes, buckets, seed=seed, frame_interval=FRAME_INTERVAL)
         times.append(1000 * (time.perf_counter() - started))

@@ -64,9 +64,13 @@ def command(processes: int, args: list[str]) -> list[str]:
     return [sys.executable, *(launcher if processes > 1 else []), "-m", "stdit_fast.train", *args]
 
 
+# Runs that are compared bit for bit: on the CPU, with one thread a process, so that sums are made in one order.
+EXACT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
 def run(args: list[str], processes: int = 1) -> subprocess.CompletedProcess:
-    """A run as a user starts it; each process with one thread, so that sums are made in one order everywhere."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """A run as a user starts it."""
+    environment = os.environ | EXACT
     done = subprocess.run(command(processes, args), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -114,7 +118,7 @@ def wait_for_step(outputs: Path, step: int, process: subprocess.Popen) -> None:
 
 def test_terminated_and_killed_it_continues_bit_for_bit(table, finished, tmp_path):
     args = arguments(table, tmp_path, steps=9, grad_accumulation=2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | EXACT
     for number, step in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         process = subprocess.Popen(command(1, args), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         wait_for_step(tmp_path, step, process)
@@ -130,9 +134,8 @@ def test_terminated_and_killed_it_continues_bit_for_bit(table, finished, tmp_pat
     run(args)
     assert losses(tmp_path) == losses(finished)
     for part in ("model", "ema"):
-        mine, other = (
-            load_file(p / f"checkpoints/step-00000009/{part}/model.safetensors") for p in (tmp_path, finished)
-        )
+        file = Path("checkpoints", "step-00000009", part, "model.safetensors")
+        mine, other = load_file(tmp_path / file), load_file(finished / file)
         assert all(torch.equal(mine[key], other[key]) for key in other)
 
 
@@ -141,7 +144,8 @@ def test_two_processes_train_like_one_with_both_batches(table, finished, tmp_pat
     run(arguments(table, tmp_path, steps=6), processes=2)
     for mine, other in zip(losses(tmp_path), losses(finished)[:6], strict=True):
         assert mine == pytest.approx(other, rel=2e-4), (mine, other)
-    mine, other = (load_file(p / "checkpoints/step-00000006/model/model.safetensors") for p in (tmp_path, finished))
+    file = Path("checkpoints", "step-00000006", "model", "model.safetensors")
+    mine, other = load_file(tmp_path / file), load_file(finished / file)
     for key in other:
         assert (mine[key] - other[key]).abs().max() <= 1e-4, key
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
@@ -151,7 +155,14 @@ def test_two_processes_train_like_one_with_both_batches(table, finished, tmp_pat
         assert mine == pytest.approx(other, rel=2e-4), (mine, other)
 
 
-# --------------------------------------------------------------- in this process
+# --------------------------------------------------------------- in this process: on a GPU where there is one
+
+
+def same(mine: list[tuple], other: list[tuple]) -> bool:
+    """Equal bit for bit on the CPU; on a GPU a library's attention may add in another order."""
+    if not torch.cuda.is_available():
+        return mine == other
+    return all(a == pytest.approx(b, rel=2e-2) for a, b in zip(mine, other, strict=True))
 
 
 @pytest.fixture
@@ -223,6 +234,7 @@ def test_a_non_finite_gradient_alone_skips_too(trainer):
     assert one.skipped == 1 and all(torch.equal(a, b) for a, b in zip(before, one.optimizer.masters, strict=True))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="reads the gradients that DDP leaves on the CPU")
 def test_sample_weighting_is_the_mean_over_samples(trainer, monkeypatch):
     """With batches of unequal size, the step's gradient is that of the mean over all samples."""
     buckets = "{64p: {1: [1.0, 5], 8: [1.0, 1]}}"
@@ -248,15 +260,13 @@ def test_validation_is_the_same_every_time_and_leaves_no_trace(trainer):
     one.train()
     other = trainer("other", steps=2, **{"model.class_dropout_prob": 0.5})
     other.train()
-    assert losses(one.folder) == losses(other.folder)
+    assert same(losses(one.folder), losses(other.folder))
     one.metrics = None
     assert one.validate() == one.validate()
     lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
     validations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in validations] == [1, 2]
-    assert (
-        set(validations[0]["val_loss_per_bucket"]) >= {"64p-1-0.75"} or len(validations[0]["val_loss_per_bucket"]) > 1
-    )
+    assert {name.rsplit("-", 1)[0] for name in validations[0]["val_loss_per_bucket"]} >= {"64p-1", "64p-8"}
 
 
 def test_bad_samples_are_replaced_listed_once_and_limited(trainer, table, tmp_path):
@@ -316,7 +326,7 @@ def test_gradient_checkpointing_changes_nothing(trainer):
     assert recomputed.state.model.checkpointed_blocks == 2
     plain.train()
     recomputed.train()
-    assert losses(plain.folder) == losses(recomputed.folder)
+    assert same(losses(plain.folder), losses(recomputed.folder))
 
 
 def test_iddpm_speed_trains(trainer):
@@ -369,10 +379,8 @@ def test_the_command_line_says_what_is_wrong(table, tmp_path, capfd):
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        (
-            {"buckets": "{1024: {1: [1.0, 1]}}"},
-            ("136x320", "1024: height*width >= 838861"),
-        ),  # nothing fits: what there is, what is needed
+        # nothing fits: what there is, and what is needed
+        ({"buckets": "{1024: {1: [1.0, 1]}}"}, ("136x320", "1024: height*width >= 838861")),
         ({"buckets": "{64p: {8: [1.0, 500]}}", "dataset.drop_last": "true"}, ("500", "64p-8")),
         ({"vae.from_pretrained": "/no/such/vae"}, ("vae.from_pretrained", "/no/such/vae")),
         ({"text_encoder.from_pretrained": "/no/such/t5"}, ("text_encoder.from_pretrained", "/no/such/t5")),
@@ -409,3 +417,24 @@ def test_weights_of_another_shape(trainer, tmp_path):
         trainer("other", steps=1, **{"model.hidden_size": 48, "model.from_pretrained": path / "model"})
     one = trainer("third", steps=1, **{"model.from_pretrained": path / "model"})
     assert one.step == 0 and not one.state.model.config.qk_norm_legacy
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="zero2 needs a GPU")
+def test_zero2_resumes_with_its_fp32_masters(trainer, tmp_path):
+    """What a resumed run starts from is bit for bit what the other one had, and the same losses follow."""
+    whole = trainer("whole", steps=6)
+    assert type(whole.optimizer).__name__ == "ShardedOptimizer"
+    assert whole.state.model.x_embedder.proj.weight.dtype == torch.bfloat16
+    assert whole.state.model.rope.freqs.dtype == torch.float32
+    half = trainer("half", steps=3)
+    half.train()
+    masters = [m.clone() for m in half.optimizer.masters]
+    again = trainer("half", steps=6)
+    assert again.step == 3
+    for mine, other in zip(again.optimizer.masters, masters, strict=True):
+        assert mine.dtype == torch.float32 and torch.equal(mine, other)
+        state = again.optimizer.optim.state[mine]
+        assert state["exp_avg"].device == mine.device and float(state["step"]) == 3
+    again.train()
+    whole.train()
+    assert same(losses(tmp_path / "half"), losses(tmp_path / "whole"))

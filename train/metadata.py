@@ -27,6 +27,8 @@ SIZES = ("num_frames", "height", "width")
 # Rows handed to the probing threads at a time, and how often what they found is saved.
 BLOCK = 1 << 14
 TASK = 64
+# Rows of a Parquet table decoded at a time.
+BATCH = 1 << 16
 SECONDS_BETWEEN_SAVES = 300
 
 log = logging.getLogger(__name__)
@@ -166,14 +168,19 @@ def _read_csv(path: Path) -> pa.Table:
         wanted = _wanted(path, reader.schema.names)
     # Captions such as "NA" or "null" are words; only numbers can be missing.
     conversion = pa.csv.ConvertOptions(column_types=wanted, include_columns=list(wanted), strings_can_be_null=False)
-    return pa.csv.read_csv(path, parse_options=parsing, convert_options=conversion)
+    # Arrow's own allocator keeps what it has freed, which doubles the memory of a long table.
+    return pa.csv.read_csv(path, parse_options=parsing, convert_options=conversion, memory_pool=pa.system_memory_pool())
 
 
 def _read_parquet(path: Path) -> pa.Table:
-    with pa.parquet.ParquetFile(path) as file:
+    with pa.parquet.ParquetFile(path, pre_buffer=False) as file:
         wanted = _wanted(path, file.schema_arrow.names)
-        table = file.read(columns=list(wanted))
-    return table.select(list(wanted)).cast(pa.schema(wanted.items()), safe=False)
+        schema = pa.schema(wanted.items())
+        # In batches: whole row groups, decoded in parallel, would take twice the table's memory.
+        batches = file.iter_batches(BATCH, columns=list(wanted))
+        parts = [pa.Table.from_batches([b]).select(list(wanted)).cast(schema, safe=False) for b in batches]
+    pa.default_memory_pool().release_unused()
+    return pa.concat_tables([schema.empty_table(), *parts])
 
 
 def _numbers(table: pa.Table, name: str) -> np.ndarray:
@@ -181,8 +188,13 @@ def _numbers(table: pa.Table, name: str) -> np.ndarray:
     dtype = np.float32 if name == "fps" else np.int32
     if name not in table.column_names:
         return np.zeros(len(table), dtype=dtype)
-    column = pc.fill_null(table[name], 0.0).to_numpy()
-    return np.where((column > 0) & (column < np.iinfo(np.int32).max), column, 0).astype(dtype)
+    numbers, start = np.empty(len(table), dtype=dtype), 0
+    for chunk in table[name].chunks:
+        values = chunk.fill_null(0.0).to_numpy(zero_copy_only=False)
+        possible = (values > 0) & (values < np.iinfo(np.int32).max)
+        numbers[start : start + len(values)] = np.where(possible, values, 0)
+        start += len(values)
+    return numbers
 
 
 def _cache_path(table: Path, cache_dir: str | Path | None) -> Path:

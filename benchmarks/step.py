@@ -6,7 +6,6 @@ A case is resolution-frames-batch. The model is XL/2 in bfloat16 with an x_mask,
 """
 
 import argparse
-import dataclasses
 import sys
 import time
 
@@ -107,7 +106,6 @@ def main() -> int:
         if p.count_nonzero() == 0:
             torch.nn.init.normal_(p, std=0.02)
     model.set_checkpointing(args.checkpointing)
-    records = []
     print(COLUMNS)
     for case in args.cases:
         frames, height, width, batch = parse_case(case)
@@ -129,12 +127,11 @@ def main() -> int:
             flops = step_flops(config, batch, frames, positions)
             record = Record.of_times("step", case, impl, times, flops=flops, peak_gib=round(peak, 2))
             record.notes = {"checkpointing": args.checkpointing, "depth": args.depth}
-            records.append(record)
+            if args.out:
+                append(args.out, [record])
             rate = flops / record.ms / 1e9
             print(f"{case:<14}{impl:<12}{batch * frames * positions:>8}{record.ms:>9.1f}{record.ms_low:>9.1f}"
                   f"{record.ms_high:>9.1f}{rate:>9.0f}{peak:>8.1f}")  # fmt: skip
-    if args.out:
-        append(args.out, [dataclasses.replace(r) for r in records])
     return 0
 
 

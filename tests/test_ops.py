@@ -228,3 +228,12 @@ def test_backend_names():
     if any(served[op].implementation == registry.REFERENCE for op in ops.MODEL_OPS):
         with pytest.raises(ConfigError, match="the fast path cannot be had here"):
             ops.check_backend("fused", ops.MODEL_OPS)
+
+
+def test_more_sequences_than_a_library_takes(monkeypatch):
+    from stdit_fast.ops import temporal_attention as module
+
+    q, k, v = (randn(7, 2, 3, 4, seed=i) for i in range(3))
+    whole = module.attend_many(q, k, v)
+    monkeypatch.setattr(module, "MAX_SEQUENCES", 3)
+    torch.testing.assert_close(module.attend_many(q, k, v), whole)

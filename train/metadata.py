@@ -179,7 +179,6 @@ def _read_parquet(path: Path) -> pa.Table:
         # In batches: whole row groups, decoded in parallel, would take twice the table's memory.
         batches = file.iter_batches(BATCH, columns=list(wanted))
         parts = [pa.Table.from_batches([b]).select(list(wanted)).cast(schema, safe=False) for b in batches]
-    pa.default_memory_pool().release_unused()
     return pa.concat_tables([schema.empty_table(), *parts])
 
 

@@ -101,7 +101,7 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
-        self.register_buffer("freqs", self.initial())
+        self.register_buffer("freqs", torch.empty(head_dim // 2))  # filled by STDiT2._init_weights
 
     def initial(self, theta: float = 10000.0) -> Tensor:
         """theta^(-2i/head_dim), i < head_dim/2 (Su et al., 2021, section 3.2.2)."""

@@ -33,6 +33,8 @@ ROWS = (
     ("bikes.mp4", 1, 272, 640, 100),
 )
 
+T5_TOKENS = 32100  # of T5's tokenizer; its model has 32,128
+
 
 def write_table(clips: Path, path: Path) -> None:
     """A metadata table over the clips; a row of one frame is a still, read as an image."""
@@ -79,7 +81,9 @@ def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
     torch.set_default_dtype(torch.float32)
     torch.cuda.empty_cache()
     words = sorted({word for texts in CAPTIONS.values() for text in texts.values() for word in text.split()})
-    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {word: i + 3 for i, word in enumerate(words)}
+    words = ["<pad>", "</s>", "<unk>", *words]
+    words += [f"<unused {i}>" for i in range(T5_TOKENS - len(words))]
+    vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])

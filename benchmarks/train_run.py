@@ -132,7 +132,7 @@ def main() -> int:
         done = subprocess.run(command)
         args.out.mkdir(parents=True, exist_ok=True)
         metrics = scratch / "run" / "metrics.jsonl"
-        if metrics.is_file():
+        if metrics.is_file() and metrics.stat().st_size:
             shutil.copy(metrics, args.out)
             shutil.copy(args.config, args.out)
             loss_curve(metrics, args.out / "loss.png", title=f"{Path(args.config).stem}, {args.steps} steps")

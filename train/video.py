@@ -23,6 +23,8 @@ RESIZING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".avif"})
 DEFAULT_FPS = 24.0
 # Pillow's readers raise these for damaged files, depending on the format.
+# Titles and the like may be in any encoding, and matter to nobody here; from PyAV 19 on it never minds.
+LENIENT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 PILLOW_ERRORS = (
     *(OSError, EOFError, RuntimeError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error),
     Image.DecompressionBombError,
@@ -200,7 +202,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The opened container and its video stream; whatever libav finds wrong becomes a BadSample."""
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(str(path), **LENIENT) as container:
             if not container.streams.video:
                 raise BadSample("undecodable: the file has no video stream")
             stream = container.streams.video[0]

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from stdit_fast.ops import registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.library_attention import library_attention
 
 NAME = "cross_attention"
 registry.declare(NAME, registry.no_fused_kernel)
@@ -86,5 +86,5 @@ def cross_attention(q: Tensor, kv: Tensor, layout: TextLayout) -> Tensor:
 def definition(q: Tensor, kv: Tensor, layout: TextLayout) -> Tensor:
     padded = kv.index_select(0, layout.padded_index.flatten()).unflatten(0, layout.padded_index.shape)
     k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, L, D]
-    o = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=layout.padded_mask[:, None, None, :])
+    o = library_attention(q.transpose(1, 2), k, v, layout.padded_mask[:, None, None, :])
     return o.transpose(1, 2).flatten(2)

@@ -1,10 +1,10 @@
 """Attention over the positions of one frame, with QK-normalisation inside, on the packed qkv projection."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from stdit_fast.ops import registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
 
 NAME = "spatial_attention"
@@ -38,5 +38,5 @@ def spatial_attention(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | N
 def definition(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> Tensor:
     frames = qkv.flatten(0, 1)  # [B*T, S, 3, H, D]
     q, k, v = frames.permute(2, 0, 3, 1, 4).unbind(0)  # each [B*T, H, S, D]
-    o = F.scaled_dot_product_attention(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), v)
+    o = library_attention(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), v)
     return o.transpose(1, 2).reshape(*qkv.shape[:3], -1)

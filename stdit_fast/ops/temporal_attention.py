@@ -1,16 +1,14 @@
 """Attention over the frames at one position: QK-normalisation and rotary embedding inside, on packed qkv."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stdit_fast.ops import registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
 
 NAME = "temporal_attention"
-MAX_SEQUENCES = 32768  # in one call of a library's attention
 registry.declare(NAME, registry.no_fused_kernel)
 
 
@@ -57,21 +55,9 @@ def definition(
         q, k = rms_norm(rotate(q, freqs), q_weight, eps), rms_norm(rotate(k, freqs), k_weight, eps)
     else:
         q, k = rotate(rms_norm(q, q_weight, eps), freqs), rotate(rms_norm(k, k_weight, eps), freqs)
-    o = attend_many(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [B*S, H, T, D]
+    o = library_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [B*S, H, T, D]
     o = o.unflatten(0, q.shape[:2]).permute(0, 3, 1, 2, 4)  # [B, T, S, H, D]
     return o.flatten(3)
-
-
-def attend_many(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for very many short sequences: q, k, v [N, H, T, D].
-
-    The libraries do not take any N: cuDNN's backward failed at N = 16,384 on an H200, and FlashAttention's grid
-    holds 65,535.
-    """
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        parts = zip(*(x.split(MAX_SEQUENCES) for x in (q, k, v)), strict=True)
-        outputs = [F.scaled_dot_product_attention(*part) for part in parts]
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def rotate(x: Tensor, freqs: Tensor) -> Tensor:

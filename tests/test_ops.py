@@ -230,10 +230,36 @@ def test_backend_names():
             ops.check_backend("fused", ops.MODEL_OPS)
 
 
-def test_more_sequences_than_a_library_takes(monkeypatch):
+@pytest.mark.parametrize("masked", [False, True])
+def test_more_sequences_than_a_library_takes(monkeypatch, masked):
     from stdit_fast.ops import library_attention as module
 
     q, k, v = (randn(7, 2, 3, 4, seed=i) for i in range(3))
-    whole = module.library_attention(q, k, v)
-    monkeypatch.setattr(module, "MAX_SEQUENCES", 3)
-    torch.testing.assert_close(module.library_attention(q, k, v), whole)
+    mask = torch.rand(7, 1, 1, 3, generator=torch.Generator().manual_seed(0)) < 0.6 if masked else None
+    if masked:
+        mask[..., 0] = True
+    whole = module.library_attention(q, k, v, mask)
+    monkeypatch.setattr(module, "MAX_PADDED_ELEMENTS", 3 * module.padded_elements(2, 3, 4))
+    calls, real = [], torch.nn.functional.scaled_dot_product_attention
+    count = lambda *part: calls.append(part[0].shape[0]) or real(*part)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    torch.testing.assert_close(module.library_attention(q, k, v, mask), whole)
+    assert calls == [3, 3, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the limits are those of the GPU's libraries")
+@pytest.mark.parametrize("shape", [(16384, 16, 1, 72), (40960, 16, 1, 72), (12288, 16, 16, 72), (64, 16, 256, 72)])
+def test_many_short_sequences_on_a_gpu(shape):
+    from stdit_fast.ops.library_attention import library_attention
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, grad = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator) for _ in range(4))
+    leaves = [x.requires_grad_(True) for x in (q, k, v)]
+    got = [library_attention(q, k, v), *torch.autograd.grad(library_attention(q, k, v), leaves, grad)]
+    rows = torch.tensor([0, shape[0] // 2, shape[0] - 1], device="cuda")
+    few = [x.detach()[rows].double().requires_grad_(True) for x in leaves]
+    scores = few[0] @ few[1].transpose(-1, -2) / 72**0.5
+    out = scores.softmax(-1) @ few[2]
+    want = [out, *torch.autograd.grad(out, few, grad[rows].double())]
+    for mine, exact in zip(got, want, strict=True):
+        assert relative_error(mine[rows], exact) < 1e-2 or exact.norm() < 1e-6

@@ -32,6 +32,7 @@ def main() -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 1
+    trainer.processes.close()
     if is_main:
         print(f"checkpoint: {path}")
     return 0

@@ -97,6 +97,7 @@ def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
         panels.append(Panel(cut, batch["x_mask"], batch["text"], f"bucket {bucket.name}", decoded=decoded))
         if len(panels) == PANELS:
             break
+    processes.close()
     contact_sheets(panels, pictures["contact sheet"])
     return pictures
 

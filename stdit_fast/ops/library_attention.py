@@ -1,13 +1,14 @@
-"""PyTorch's attention, as the plain definitions of the ops call it: any shape, at the price of some speed."""
+"""PyTorch's attention, as the plain definitions of the ops call it: in parts that the libraries can take."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN is left out: its backward failed on an H200 (PyTorch 2.11) at shapes that training has.
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-MAX_SEQUENCES = 32768  # in one call; FlashAttention's grid holds 65,535
+# The backward passes of FlashAttention 2 and cuDNN keep a float32 sum of dq with both its sizes padded to 128, and
+# count it in 32 bits. Very many short sequences overflow that (PyTorch 2.11: an illegal memory access, or a
+# failing graph, from 131,072 sequences of one head on) and take gigabytes long before.
+PADDING = 128
+MAX_PADDED_ELEMENTS = 2**30
 
 
 def library_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -15,13 +16,19 @@ def library_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = Non
 
     Args:
         q: [N, H, M, D]; k, v: [N, H, L, D].
-        mask: bool, broadcastable to [N, H, M, L], True where a key is seen; None: all are.
+        mask: bool [N, 1, 1, L], True where a key is seen; None: all are.
 
     Returns:
         [N, H, M, D].
     """
-    with sdpa_kernel(BACKENDS):
-        if mask is not None or q.shape[0] <= MAX_SEQUENCES:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        parts = zip(*(x.split(MAX_SEQUENCES) for x in (q, k, v)), strict=True)
-        return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+    at_once = max(1, MAX_PADDED_ELEMENTS // padded_elements(*q.shape[1:]))
+    if q.shape[0] <= at_once:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    masks = [None] * -(-q.shape[0] // at_once) if mask is None else mask.split(at_once)
+    parts = zip(q.split(at_once), k.split(at_once), v.split(at_once), masks, strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part) for part in parts])
+
+
+def padded_elements(heads: int, length: int, head_dim: int) -> int:
+    """Elements of one sequence's dq as the libraries hold it."""
+    return heads * -(-length // PADDING) * PADDING * -(-head_dim // PADDING) * PADDING

@@ -53,7 +53,11 @@ class Processes:
         return whole
 
     def barrier(self) -> None:
-        dist.barrier()
+        dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
+    def close(self) -> None:
+        """Ends the process group; call when all processes are done."""
+        dist.destroy_process_group()
 
 
 def launch(seed: int) -> Processes:

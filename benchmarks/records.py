@@ -74,7 +74,11 @@ def command_line() -> str:
     """This process's command, as a user would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = module.name.removesuffix(".__main__") if module else Path(sys.argv[0]).name
-    return " ".join(["python -m" if module else "python", name, *sys.argv[1:]])
+    arguments = list(sys.argv[1:])
+    if "--out" in arguments[:-1]:  # where it was written is no part of how to repeat it
+        place = arguments.index("--out") + 1
+        arguments[place] = Path(arguments[place]).name
+    return " ".join(["python -m" if module else "python", name, *arguments])
 
 
 def append(path: str | Path, records: list[Record]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from stdit_fast.benchmarks.records import device_name, installed_versions
+from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.pictures import loss_curve
 
@@ -140,7 +140,7 @@ def main() -> int:
                 "device": device_name(),
                 "versions": installed_versions(),
                 "encoders": "real size, random weights" if args.real_size else "embedded defaults",
-                "command": " ".join(["python -m stdit_fast.benchmarks.train_run", *sys.argv[1:]]),
+                "command": command_line(),
                 "buckets": summarise(metrics),
             }
             (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -62,3 +62,10 @@ def test_public_names_are_listed_and_others_refused():
     assert set(stdit_fast.__all__) <= set(dir(stdit_fast))
     with pytest.raises(AttributeError, match="no attribute 'STDiT3'"):
         _ = stdit_fast.STDiT3
+
+
+def test_readme_tables_are_those_of_the_results():
+    from stdit_fast.benchmarks import readme
+
+    text = (readme.ROOT / "README.md").read_text()
+    assert readme.filled(text) == text

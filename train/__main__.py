@@ -10,6 +10,7 @@ from stdit_fast.errors import ConfigError
 def main() -> int:
     """Runs the training; 0 when done or told to stop, 2 for a configuration that cannot be."""
     is_main = os.environ.get("RANK", "0") == "0"
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process a node: what is wrong may be wrong there alone
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
     for chatty in ("httpx", "filelock", "torch.distributed", "colossalai", "bitsandbytes"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -23,13 +24,13 @@ def main() -> int:
 
         trainer = Trainer(config)
     except ConfigError as error:
-        if is_main:
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 2
     try:
         path = trainer.train()
     except (ConfigError, TrainingError, TooManyBadSamples, NoGoodSample) as error:
-        if is_main:
+        if speaks:
             print(f"error: {error}", file=sys.stderr)
         return 1
     trainer.processes.close()

@@ -1,5 +1,6 @@
 """Video to latents and back, frame by frame, with a frozen image autoencoder."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ def latent_size(height: int, width: int) -> tuple[int, int]:
     return height // DOWNSAMPLE, width // DOWNSAMPLE
 
 
-class FrameAutoencoder(nn.Module):
+class FrameAutoencoder(nn.Module, ABC):
     """What every autoencoder offers; subclasses encode and decode a batch of frames.
 
     Args:
@@ -75,13 +76,13 @@ class FrameAutoencoder(nn.Module):
         step = self.micro_batch_size or len(frames)
         return [slice(start, start + step) for start in range(0, len(frames), step)]
 
+    @abstractmethod
     def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         """[N, 3, H, W] -> float32 [N, 4, H//8, W//8]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _decode_frames(self, latents: Tensor) -> Tensor:
         """[N, 4, h, w] -> float32 [N, 3, h*8, w*8]."""
-        raise NotImplementedError
 
 
 class VideoAutoencoder(FrameAutoencoder):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from stdit_fast.ops import registry
-from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.checks import expect_qkv
 from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
 
@@ -27,11 +27,7 @@ def spatial_attention(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | N
     Raises:
         ValueError: a shape that does not fit, or an empty qkv.
     """
-    expect_shape(NAME, "qkv", qkv, ("B", "T", "S", 3, "H", "D"))
-    expect_not_empty(NAME, "qkv", qkv)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            expect_shape(NAME, name, weight, (qkv.shape[-1],))
+    expect_qkv(NAME, qkv, q_weight, k_weight)
     return definition(qkv, q_weight, k_weight, eps)
 
 

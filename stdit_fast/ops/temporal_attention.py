@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.ops import registry
-from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.checks import expect_qkv, expect_shape
 from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
 
@@ -38,12 +38,8 @@ def temporal_attention(
     Raises:
         ValueError: a shape that does not fit, or an empty qkv.
     """
-    expect_shape(NAME, "qkv", qkv, ("B", "T", "S", 3, "H", "D"))
-    expect_not_empty(NAME, "qkv", qkv)
+    expect_qkv(NAME, qkv, q_weight, k_weight)
     expect_shape(NAME, "freqs", freqs, (qkv.shape[-1] // 2,))
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        if weight is not None:
-            expect_shape(NAME, name, weight, (qkv.shape[-1],))
     return definition(qkv, q_weight, k_weight, freqs, rotate_first, eps)
 
 

@@ -30,7 +30,7 @@ def main() -> int:
     try:
         path = trainer.train()
     except (ConfigError, TrainingError, TooManyBadSamples, NoGoodSample) as error:
-        if speaks:
+        if speaks or isinstance(error, NoGoodSample):  # which only the process with that batch meets
             print(f"error: {error}", file=sys.stderr)
         return 1
     trainer.processes.close()

@@ -155,6 +155,23 @@ def test_two_processes_train_like_one_with_both_batches(table, finished, tmp_pat
         assert mine == pytest.approx(other, rel=2e-4), (mine, other)
 
 
+def test_one_process_told_to_stop_takes_the_others_along(table, tmp_path):
+    """A signal that reaches one process alone: all save after the same step and leave."""
+    import psutil
+
+    args = arguments(table, tmp_path, steps=5000, ckpt_every=5000)
+    launcher = subprocess.Popen(
+        command(2, args), env=os.environ | EXACT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    wait_for_step(tmp_path, 3, launcher)
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
+    ranks["1"].terminate()
+    output = launcher.communicate(timeout=120)[0].decode()
+    assert launcher.returncode == 0, output
+    last = losses(tmp_path)[-1][0]
+    assert checkpoint.newest_checkpoint(tmp_path / "checkpoints").name == f"step-{last:08d}"
+
+
 # --------------------------------------------------------------- in this process: on a GPU where there is one
 
 
@@ -324,6 +341,7 @@ def test_changed_buckets_begin_the_next_epoch(trainer, caplog):
 def test_gradient_checkpointing_changes_nothing(trainer):
     plain, recomputed = trainer("plain", steps=2), trainer("recomputed", steps=2, grad_checkpoint="true")
     assert recomputed.state.model.checkpointed_blocks == 2
+    assert trainer("one", steps=2, grad_checkpoint=1).state.model.checkpointed_blocks == 1
     plain.train()
     recomputed.train()
     assert same(losses(plain.folder), losses(recomputed.folder))

@@ -43,13 +43,12 @@ class Data:
         )
 
 
-def build_data(
-    config: TrainConfig, processes: Processes, diffusion: IDDPM, posterior_noise: bool, data_path: str | None = None
-) -> Data:
+def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data_path: str | None = None) -> Data:
     """Reads the metadata and plans the first epoch.
 
+    Batches bring no noise for an autoencoder that samples, unless `dataset.posterior_noise` is set.
+
     Args:
-        posterior_noise: whether the autoencoder samples, and batches bring the noise for it.
         data_path: another table than the training one.
 
     Raises:
@@ -83,7 +82,6 @@ def build_data(
         timestep_sampler=diffusion.sample_timestep,
         caption_dropout=config.model.class_dropout_prob,
         latent_channels=config.model.in_channels,
-        posterior_noise=posterior_noise,
     )
     return Data(metadata, buckets, sampler, dataset)
 

@@ -84,7 +84,7 @@ def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
     config = parse(arguments)
     processes = launch(config.seed)
     vae, _ = build_encoders(config, processes.device)
-    data = build_data(config, processes, build_diffusion(config), vae.uses_posterior_noise)
+    data = build_data(config, processes, build_diffusion(config))
     panels = []
     for request in data.sampler:
         bucket = data.buckets[request.bucket]

@@ -50,12 +50,17 @@ class Trainer:
         self.diffusion = build_diffusion(config)
         plugin_class = {"zero2": ShardedPlugin, "ddp": ReplicatedPlugin}[self._plugin_name()]
 
-        self.vae, self.text_encoder = build_encoders(config, self.device)
-        self.data = build_data(config, self.processes, self.diffusion, self.vae.uses_posterior_noise)
+        # The data first: what is wrong with it shows before gigabytes of encoders are read.
+        self.data = build_data(config, self.processes, self.diffusion)
         self.validation = self._build_validation()
+        self.vae, self.text_encoder = build_encoders(config, self.device)
+        for data in (self.data, self.validation and self.validation.data):
+            if data is not None:
+                data.dataset.posterior_noise = self.vae.uses_posterior_noise
 
         model = build_model(config, self.text_encoder.channels)
-        model.set_checkpointing({True: "all", False: "off"}.get(config.grad_checkpoint, config.grad_checkpoint))
+        whole = isinstance(config.grad_checkpoint, bool)
+        model.set_checkpointing(("all" if config.grad_checkpoint else "off") if whole else config.grad_checkpoint)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes))
@@ -70,7 +75,8 @@ class Trainer:
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
         self.step = self.saved_step = 0
         self.skipped = self.skipped_in_a_row = 0
-        self._stop_signal: int | None = None
+        self._told_to_stop = False  # by a signal to this process
+        self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
 
     # -------------------------------------------------------------- the loop
@@ -82,7 +88,7 @@ class Trainer:
         self._announce()
         batches = iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda"))
         try:
-            while self.step < self.config.steps and not self._stop_signal:
+            while self.step < self.config.steps and not self._stopping:
                 self.train_step(batches)
                 if self._due(self.config.validation.every):
                     self.validate()
@@ -114,12 +120,11 @@ class Trainer:
                 self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
             sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
 
-        stop = 0.0 if self._stop_signal is None else 1.0
         bad = sum(len(batch["bad"]) for batch in micro_batches)
-        totals = self.processes.sum([*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, stop])
+        own = [*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, float(self._told_to_stop)]
+        totals = self.processes.sum(own)
         loss, mse, vb = (value / self.processes.world_size for value in totals[:3])
-        if totals[-1] and self._stop_signal is None:
-            self._stop_signal = int(signal.SIGTERM)  # another process was told to stop: all leave together
+        self._stopping = totals[-1] > 0
         grad_norm = self._update(loss)
 
         self.step += 1
@@ -227,9 +232,7 @@ class Trainer:
             return None
         data = self.data
         if settings.data_path is not None:
-            data = build_data(
-                self.config, self.processes, self.diffusion, self.vae.uses_posterior_noise, settings.data_path
-            )
+            data = build_data(self.config, self.processes, self.diffusion, settings.data_path)
         return Validation(data, settings.batches_per_bucket, self.processes)
 
     def validate(self) -> float:
@@ -297,7 +300,7 @@ class Trainer:
 
     def _listen_for_signals(self) -> None:
         def note(number, frame):
-            self._stop_signal = number
+            self._told_to_stop = True
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, note)

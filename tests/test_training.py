@@ -239,6 +239,7 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(trainer, monkeypa
     assert all(torch.isfinite(m).all() for m in one.optimizer.masters)
     assert len((tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()) == 4
     assert checkpoint.optimizer_steps(one.optimizer) == 3
+    assert [loss for _, loss, _ in losses(tmp_path / "run")][4:] == [None, None, None]
 
 
 def test_a_non_finite_gradient_alone_skips_too(trainer):
@@ -328,6 +329,21 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(trainer):
     assert checkpoint.newest_checkpoint(folder).name == "step-00000003"
     again = trainer(steps=4)
     assert again.step == 3 and not (folder / ".writing-step-00000006").exists()
+
+
+def test_an_earlier_run_is_not_overwritten(trainer):
+    trainer(steps=1).train()
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run"):
+        trainer(steps=1, resume="false")
+
+
+def test_truncated_captions_are_counted_once(trainer):
+    one = trainer(steps=3, **{"text_encoder.model_max_length": 4, "validation.every": 1})
+    one.train()
+    lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    counted = [line["truncated_captions"] for line in lines if "loss" in line]
+    assert counted == sorted(counted) and 3 <= counted[-1] <= 9 and one.truncated == counted[-1]
+    assert trainer(steps=4, **{"text_encoder.model_max_length": 4}).truncated == counted[-1]
 
 
 def test_changed_buckets_begin_the_next_epoch(trainer, caplog):

@@ -35,8 +35,8 @@ class Metrics:
 
     def step(self, step: int, values: dict, bucket: str) -> None:
         """Records one step: `values` by name, numbers only; `bucket` is this process's own."""
-        line = {"step": step, "bucket": bucket} | values
-        self._lines.write(json.dumps(line) + "\n")
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
+        self._lines.write(json.dumps({"step": step, "bucket": bucket} | finite) + "\n")
         self._bucket_times[bucket].append(values["step_seconds"])
         shown = {
             "loss": f"{values['loss']:.4f}",

@@ -74,7 +74,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, self.processes)
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
         self.step = self.saved_step = 0
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = self.truncated = 0
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
@@ -102,7 +102,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict]) -> None:
         """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step, records."""
-        started, waited = time.perf_counter(), 0.0
+        started, waited, truncated = time.perf_counter(), 0.0, self.text_encoder.truncated
         self._set_learning_rate()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, mse, vb, weighted
         counts = {"tokens": 0, "samples": 0}
@@ -121,10 +121,12 @@ class Trainer:
             sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
 
         bad = sum(len(batch["bad"]) for batch in micro_batches)
-        own = [*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, float(self._told_to_stop)]
+        truncated = self.text_encoder.truncated - truncated
+        own = [*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, truncated, self._told_to_stop]
         totals = self.processes.sum(own)
         loss, mse, vb = (value / self.processes.world_size for value in totals[:3])
-        self._stopping = totals[-1] > 0
+        self.truncated += int(totals[7])
+        self._stopping = totals[8] > 0
         grad_norm = self._update(loss)
 
         self.step += 1
@@ -143,7 +145,7 @@ class Trainer:
                 "wait_share": totals[5] / self.processes.world_size / seconds,
                 "bad_samples": self.bad_samples.count,
                 "skipped_steps": self.skipped,
-                "truncated_captions": self.text_encoder.truncated,
+                "truncated_captions": self.truncated,
                 "epoch": micro_batches[-1]["request"].epoch,
             }
             self.metrics.step(self.step, values, self.data.buckets[micro_batches[-1]["bucket"]].name)
@@ -257,7 +259,7 @@ class Trainer:
             "bad_samples": self.bad_samples.state_dict(),
             "skipped_steps": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
-            "truncated_captions": self.text_encoder.truncated,
+            "truncated_captions": self.truncated,
             "config": to_dict(self.config),
         }
         try:
@@ -273,14 +275,17 @@ class Trainer:
 
     def _restore(self) -> None:
         """Goes on from the newest checkpoint of this run, else starts from the one in `load`, if any."""
-        newest = self.checkpoints.newest() if self.config.resume else None
+        newest = self.checkpoints.newest()
+        if newest is not None and not self.config.resume:
+            remedy = f"{self.folder} holds checkpoints of an earlier run, which this one would replace; name another"
+            raise ConfigError("outputs", str(self.folder), f"{remedy} folder, or use resume: true")
         if newest is not None:
             progress = checkpoint.load(newest, self.state)
             checkpoint.load_rng(newest, self.processes)
             self.step = self.saved_step = progress["step"]
             self.skipped, self.skipped_in_a_row = progress["skipped_steps"], progress["skipped_in_a_row"]
             self.bad_samples.load_state_dict(progress["bad_samples"])
-            self.text_encoder.truncated = progress["truncated_captions"]
+            self.truncated = progress["truncated_captions"]
             self._restore_position(progress)
             logger.info("resumed from %s", newest)
         elif self.config.load is not None:
@@ -300,7 +305,7 @@ class Trainer:
 
     def _listen_for_signals(self) -> None:
         def note(number, frame):
-            self._told_to_stop = True
+            self._told_to_stop = True  # a second signal changes nothing: launchers pass on what the terminal sent too
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, note)

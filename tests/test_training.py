@@ -363,6 +363,27 @@ def test_gradient_checkpointing_changes_nothing(trainer):
     assert same(losses(plain.folder), losses(recomputed.folder))
 
 
+def test_the_real_encoders_path(trainer, tmp_path):
+    """A diffusers autoencoder and a transformers T5 from folders; the autoencoder samples with keyed noise."""
+    from test_autoencoder import tiny_autoencoder_kl
+    from test_text_encoder import save_tokenizer, tiny_t5
+
+    tiny_autoencoder_kl().save_pretrained(tmp_path / "vae")
+    tiny_t5().save_pretrained(tmp_path / "t5")
+    save_tokenizer(tmp_path / "t5")
+    encoders = {"vae.from_pretrained": tmp_path / "vae", "text_encoder.from_pretrained": tmp_path / "t5"}
+    one = trainer(steps=2, **encoders, **{"validation.every": 1})
+    batch = next(iter(one.data.loader(one.config, pin_memory=False)))
+    assert batch["posterior_noise"].shape == batch["noise"].shape
+    assert not torch.equal(batch["posterior_noise"], batch["noise"])
+    one.train()  # before it, the zero final layer answers alike for all latents
+    assert len(losses(one.folder)) == 2
+    first = one.losses(one.state.model.eval(), batch)["loss"]
+    assert torch.equal(first, one.losses(one.state.model, batch)["loss"])  # nothing drawn on the way
+    changed = one.losses(one.state.model, batch | {"posterior_noise": batch["posterior_noise"] + 1})["loss"]
+    assert not torch.equal(first, changed)
+
+
 def test_iddpm_speed_trains(trainer):
     one = trainer(steps=2, **{"scheduler.type": "iddpm-speed"})
     one.train()

@@ -32,14 +32,16 @@ def parse_case(case: str) -> tuple[int, int, int, int]:
     return int(frames), chosen.height, chosen.width, int(batch)
 
 
-def step_flops(config: STDiT2Config, batch: int, frames: int, positions: int) -> int:
+def step_flops(config: STDiT2Config, batch: int, frames: int, positions: int, text_tokens: int = TOKENS_OF_TEXT) -> int:
     """Operations of forward and backward, 3 times the forward: the blocks' GEMMs and attentions.
 
-    36 C^2 a token and block for the GEMMs, 4 C times the keys for each attention; recomputation is not counted.
+    36 C^2 a token and block for the GEMMs, 4 C times the keys for each attention, 4 C^2 a text token and block for
+    its keys and values; recomputation is not counted.
     """
     channels, tokens = config.hidden_size, batch * frames * positions
-    keys = positions + frames + TOKENS_OF_TEXT
-    return 3 * tokens * config.depth * (36 * channels**2 + 4 * keys * channels)
+    video = tokens * (36 * channels**2 + 4 * (positions + frames + text_tokens) * channels)
+    text = batch * text_tokens * 4 * channels**2
+    return 3 * config.depth * (video + text)
 
 
 def make_inputs(config: STDiT2Config, frames: int, height: int, width: int, batch: int, device: str) -> dict:

@@ -1,0 +1,88 @@
+"""The benchmarks' arithmetic and records; a step is run, none is timed."""
+
+import json
+import sys
+
+import pytest
+
+from stdit_fast import STDiT2Config
+from stdit_fast.benchmarks import step
+from stdit_fast.benchmarks.readme import latest
+from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.errors import ConfigError
+
+
+def test_cases():
+    assert step.parse_case("144p-16-6") == (16, 144, 256, 6)
+    assert step.parse_case("256-1-64") == (1, 256, 256, 64)
+    assert step.parse_case("240p-16-17")[1:3] == (240, 426)
+    for bad, message in (("144p-16", "write resolution-frames-batch"), ("145p-16-6", "did you mean '144p'")):
+        with pytest.raises(ConfigError, match=message):
+            step.parse_case(bad)
+
+
+@pytest.mark.parametrize(
+    "case, positions, milliseconds, teraflops",
+    [
+        ("144p-16-6", 144, 530, 108),
+        ("256-1-64", 256, 717, 99),
+        ("240p-16-17", 405, 5466, 85),
+        ("144p-96-1", 144, 565, 102),
+    ],
+)
+def test_flops_are_those_of_the_published_rates(case, positions, milliseconds, teraflops):
+    """Times and rates of Open-Sora 1.1 on an H100, in whole TFLOP/s; captions of uneven length, about 100 tokens."""
+    frames, _, _, batch = step.parse_case(case)
+    flops = step.step_flops(STDiT2Config(), batch, frames, positions, text_tokens=100)
+    assert flops / milliseconds / 1e9 == pytest.approx(teraflops, abs=0.6)
+
+
+def test_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--cases", "a", "--out", "/some/where/x.jsonl"])
+    path = tmp_path / "new" / "x.jsonl"
+    append(path, [Record.of_times("s", "c", "i", [3.0, 1.0, 2.0]), Record.of_times("s", "c", "j", [1.0])])
+    append(path, [Record.of_times("s", "c", "i", [5.0, 4.0], flops=7)])
+    keys = [
+        "suite",
+        "case",
+        "impl",
+        "ms",
+        "ms_low",
+        "ms_high",
+        "bytes",
+        "flops",
+        "peak_gib",
+        "device",
+        "versions",
+        "date",
+        "command",
+    ]
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 3 and all(set(keys) <= set(line) for line in lines)
+    assert (lines[0]["ms"], lines[0]["ms_low"], lines[0]["ms_high"]) == (2.0, 1.0, 3.0)
+    assert lines[0]["command"].endswith("--cases a --out x.jsonl")
+    found = latest(path)
+    assert found["s", "c", "i"]["ms"] == 4.5 and found["s", "c", "j"]["ms"] == 1.0
+
+
+def test_a_step_runs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "step.jsonl"
+    arguments = [
+        "step",
+        "--cases",
+        "144p-2-1",
+        "--impl",
+        "reference",
+        "--depth",
+        "1",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+    ]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert step.main() == 0
+    (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert record["impl"] == "reference" and record["ms"] > 0 and record["notes"]["depth"] == 1
+    assert record["flops"] == step.step_flops(STDiT2Config(depth=1), 1, 2, 144)
+    assert "144p-2-1" in capsys.readouterr().out

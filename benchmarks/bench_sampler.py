@@ -10,7 +10,6 @@ Each case has a process of its own, whose resident memory at most is reported.
 import argparse
 import multiprocessing
 import os
-import platform
 import resource
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 import yaml
 
 import stdit_fast.train
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, processor_name
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.randomness import hash_uniform
 from stdit_fast.train.sampler import BucketSampler
@@ -62,9 +61,7 @@ def measure(table: str, case: str, rows: int, repeats: int) -> tuple[list[float]
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+    return f"{processor_name()}, {len(os.sched_getaffinity(0))} cores"
 
 
 def main() -> None:

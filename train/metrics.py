@@ -35,8 +35,7 @@ class Metrics:
 
     def step(self, step: int, values: dict, bucket: str) -> None:
         """Records one step: `values` by name, numbers only; `bucket` is this process's own."""
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON knows no NaN
-        self._lines.write(json.dumps({"step": step, "bucket": bucket} | finite) + "\n")
+        self._write({"step": step, "bucket": bucket} | values)
         self._bucket_times[bucket].append(values["step_seconds"])
         shown = {
             "loss": f"{values['loss']:.4f}",
@@ -54,7 +53,7 @@ class Metrics:
 
     def validation(self, step: int, loss: float, per_bucket: dict[str, float]) -> None:
         """Records a validation loss, in all and by bucket."""
-        self._lines.write(json.dumps({"step": step, "val_loss": loss, "val_loss_per_bucket": per_bucket}) + "\n")
+        self._write({"step": step, "val_loss": loss, "val_loss_per_bucket": per_bucket})
         self._to_boards(step, {"val_loss": loss} | {f"val_loss/{name}": v for name, v in per_bucket.items()})
 
     def message(self, text: str) -> None:
@@ -74,6 +73,10 @@ class Metrics:
         self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+    def _write(self, line: dict) -> None:
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._lines.write(json.dumps(known) + "\n")  # JSON knows no NaN
 
     def _to_boards(self, step: int, values: dict) -> None:
         finite = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}

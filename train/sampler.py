@@ -192,13 +192,15 @@ class BucketSampler:
             ConfigError: the epoch cannot fill a single step.
         """
         if epoch not in self._plans:
-            plan = self._make_plan(epoch)
+            plan = self.make_plan(epoch)
             self._check(plan)
             # The iterator may be an epoch ahead of the state: two are in use at a time.
             self._plans = dict([*self._plans.items(), (epoch, plan)][-2:])
         return self._plans[epoch]
 
-    def _make_plan(self, epoch: int) -> EpochPlan:
+    def make_plan(self, epoch: int) -> EpochPlan:
+        """As `plan`, but neither checked nor kept."""
+
         def draw(rows: np.ndarray, level: int) -> np.ndarray:
             return hash_uniform(self.seed, epoch, rows, level)
 
@@ -227,15 +229,13 @@ class BucketSampler:
         batches = (position + np.arange(self.batches_per_step)) % len(plan)
         step_samples = int(plan.batch_sizes[plan.batch_bucket[batches]].sum())
         for index in batches[self.rank :: self.world_size]:
-            samples = plan.samples(index)
-            yield BatchRequest(
-                epoch=plan.epoch,
-                index=int(index),
-                bucket=int(plan.batch_bucket[index]),
-                samples=samples,
-                spares=self._spares(plan, int(index), samples),
-                step_samples=step_samples,
-            )
+            yield self.request(plan, int(index), step_samples)
+
+    def request(self, plan: EpochPlan, index: int, step_samples: int) -> BatchRequest:
+        """What to load for one batch of a plan."""
+        samples = plan.samples(index)
+        spares = self._spares(plan, index, samples)
+        return BatchRequest(plan.epoch, index, int(plan.batch_bucket[index]), samples, spares, step_samples)
 
     def _spares(self, plan: EpochPlan, index: int, samples: np.ndarray) -> np.ndarray:
         """Members of the bucket; where it has too few, then members of its siblings, which are cropped more."""

@@ -102,54 +102,40 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict]) -> None:
         """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step, records."""
-        started, waited, truncated = time.perf_counter(), 0.0, self.text_encoder.truncated
+        started, already_truncated = time.perf_counter(), self.text_encoder.truncated
         self._set_learning_rate()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, mse, vb, weighted
-        counts = {"tokens": 0, "samples": 0}
+        loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, mse, vb, weighted
+        own = dict.fromkeys(("tokens", "samples", "bad", "waited"), 0.0)
         micro_batches = []
         for i in range(self.config.grad_accumulation):
             asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            own["waited"] += time.perf_counter() - asked
+            own["tokens"] += token_count(batch, self.state.model.config.patch_size)
+            own["samples"] += len(batch["samples"])
+            own["bad"] += len(batch["bad"])
             micro_batches.append(batch)
-            counts["tokens"] += token_count(batch, self.state.model.config.patch_size)
-            counts["samples"] += len(batch["samples"])
             with self._without_sync(last=i == self.config.grad_accumulation - 1):
                 losses = self.losses(self.model, batch)
                 weight = self._weight(batch)
                 self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
-            sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
+            loss_sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
 
-        bad = sum(len(batch["bad"]) for batch in micro_batches)
-        truncated = self.text_encoder.truncated - truncated
-        own = [*sums.tolist(), counts["tokens"], counts["samples"], waited, bad, truncated, self._told_to_stop]
-        totals = self.processes.sum(own)
-        loss, mse, vb = (value / self.processes.world_size for value in totals[:3])
-        self.truncated += int(totals[7])
-        self._stopping = totals[8] > 0
-        grad_norm = self._update(loss)
+        own["truncated"] = self.text_encoder.truncated - already_truncated
+        own["told_to_stop"] = float(self._told_to_stop)
+        own.update(zip(("loss", "mse", "vb"), loss_sums.tolist(), strict=True))
+        total = dict(zip(own, self.processes.sum(list(own.values())), strict=True))
+        for mean in ("loss", "mse", "vb", "waited"):
+            total[mean] /= self.processes.world_size
+        self.truncated += int(total["truncated"])
+        self._stopping = total["told_to_stop"] > 0
+        grad_norm = self._update(total["loss"])
 
         self.step += 1
         self.data.sampler.advance()
-        self._count_bad_samples(micro_batches, bad=int(totals[6]), seen=int(totals[4]))
-        seconds = time.perf_counter() - started
-        if self.metrics:
-            values = {
-                "loss": loss,
-                "mse": mse,
-                "vb": vb,
-                "grad_norm": grad_norm,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                "tokens_per_second": totals[3] / seconds,
-                "step_seconds": seconds,
-                "wait_share": totals[5] / self.processes.world_size / seconds,
-                "bad_samples": self.bad_samples.count,
-                "skipped_steps": self.skipped,
-                "truncated_captions": self.truncated,
-                "epoch": micro_batches[-1]["request"].epoch,
-            }
-            self.metrics.step(self.step, values, self.data.buckets[micro_batches[-1]["bucket"]].name)
-        self._check_finite(loss, grad_norm, micro_batches)
+        self._count_bad_samples(micro_batches, bad=int(total["bad"]), seen=int(total["samples"]))
+        self._record(total, grad_norm, time.perf_counter() - started, micro_batches[-1])
+        self._check_finite(total["loss"], grad_norm, micro_batches)
 
     def losses(self, model, batch: dict) -> dict[str, torch.Tensor]:
         """Encodes a batch and answers the diffusion's loss, mse and vb of each sample: [B]."""
@@ -226,6 +212,26 @@ class Trainer:
                 f"samples, or raise max_skipped_in_a_row"
             )
 
+    def _record(self, total: dict[str, float], grad_norm: float, seconds: float, batch: dict) -> None:
+        """Writes a step's numbers; `batch` is this process's last."""
+        if not self.metrics:
+            return
+        values = {
+            "loss": total["loss"],
+            "mse": total["mse"],
+            "vb": total["vb"],
+            "grad_norm": grad_norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "tokens_per_second": total["tokens"] / seconds,
+            "step_seconds": seconds,
+            "wait_share": total["waited"] / seconds,
+            "bad_samples": self.bad_samples.count,
+            "skipped_steps": self.skipped,
+            "truncated_captions": self.truncated,
+            "epoch": batch["request"].epoch,
+        }
+        self.metrics.step(self.step, values, self.data.buckets[batch["bucket"]].name)
+
     # ------------------------------------------------------------ validation
 
     def _build_validation(self) -> Validation | None:
@@ -290,8 +296,8 @@ class Trainer:
             logger.info("resumed from %s", newest)
         elif self.config.load is not None:
             checkpoint.load(self.config.load, self.state, with_optimizer=self.config.load_optimizer)
-            logger.info("started from %s, %s its optimizer state", self.config.load,
-                        "with" if self.config.load_optimizer else "without")  # fmt: skip
+            taken = "with" if self.config.load_optimizer else "without"
+            logger.info("started from %s, %s its optimizer state", self.config.load, taken)
 
     def _restore_position(self, progress: dict) -> None:
         """The place in the data; other buckets or data make another order, so that the next epoch is begun."""

@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 
+import numpy as np
 import torch
-
-from stdit_fast.train.sampler import MAX_SPARES, BatchRequest
 
 # The epoch that keys all randomness of validation; training counts up from 0 and never gets there.
 EPOCH = 2**31 - 1
@@ -21,17 +20,12 @@ class Validation:
 
     def __init__(self, data, batches_per_bucket: int, processes):
         self.data, self.processes = data, processes
-        plan = data.sampler.plan(EPOCH)
-        taken: dict[int, int] = defaultdict(int)
-        self.requests = []
-        for index in range(len(plan)):
-            bucket = int(plan.batch_bucket[index])
-            if taken[bucket] < batches_per_bucket:
-                taken[bucket] += 1
-                samples = plan.samples(index)
-                spares = plan.members(bucket)[:MAX_SPARES]
-                self.requests.append(BatchRequest(EPOCH, index, bucket, samples, spares, len(samples)))
-        self.requests.sort(key=lambda r: (r.bucket, r.index))
+        plan = data.sampler.make_plan(EPOCH)
+        self.requests = [
+            data.sampler.request(plan, int(index), int(plan.batch_sizes[bucket]))
+            for bucket in np.unique(plan.batch_bucket)
+            for index in np.flatnonzero(plan.batch_bucket == bucket)[:batches_per_bucket]
+        ]
 
     @torch.no_grad()
     def run(self, batch_losses) -> tuple[float, dict[str, float]]:

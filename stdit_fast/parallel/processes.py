@@ -10,11 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import NODEPS_INSTALL, ConfigError
 
 logger = logging.getLogger(__name__)
-
-COLOSSALAI_INSTALL = "pip install --no-deps -r requirements-nodeps.txt"
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,8 @@ class Processes:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def close(self) -> None:
-        """Ends the process group; call when all processes are done."""
+        """Ends the process group, when all processes have come here: gloo aborts one whose peers still write."""
+        self.barrier()
         dist.destroy_process_group()
 
 
@@ -94,7 +93,7 @@ def import_colossalai():
             import colossalai
             import colossalai.booster.plugin
     except ImportError as error:
-        raise ConfigError("colossalai", None, f"it cannot be imported ({error}); run `{COLOSSALAI_INSTALL}`") from error
+        raise ConfigError("colossalai", None, f"it cannot be imported ({error}); run `{NODEPS_INSTALL}`") from error
     finally:
         for log, level in zip(quiet, levels, strict=True):
             log.setLevel(level)

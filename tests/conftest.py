@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, quiet libraries, the golden tensors of the original system."""
+"""Shared by all tests: two threads, Triton's interpreter where there is no GPU, the original's golden tensors."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from safetensors import safe_open
 
 DATA = Path(__file__).parent / "data"
@@ -16,6 +20,7 @@ DATA = Path(__file__).parent / "data"
 @pytest.fixture(autouse=True, scope="session")
 def two_threads():
     torch.set_num_threads(2)
+    torch.backends.cudnn.allow_tf32 = False  # what tests compare with in float32 should be float32
 
 
 @pytest.fixture(scope="session")

@@ -34,3 +34,9 @@ def expect_qkv(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor |
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             expect_shape(op, name, weight, (qkv.shape[-1],))
+
+
+def expect_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises ValueError unless `tensor` has x's dtype, as the kernels need it."""
+    if tensor.dtype != x.dtype:
+        raise ValueError(f"{op}: {name} is {tensor.dtype} and x {x.dtype}; cast one, or use backend='reference'")

@@ -1,25 +1,37 @@
 """Linear, GELU by its tanh approximation, Linear: the block's MLP and the text projection."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stdit_fast.ops import registry
+from stdit_fast.kernels import gelu as kernels
+from stdit_fast.ops import library, registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
+from stdit_fast.ops.gate_residual import definition as gate_residual_definition
+from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
+from stdit_fast.ops.linear import bias_gradient, weight_gradient
+from stdit_fast.ops.modulated_linear import enter_branch
+from stdit_fast.ops.residual_norm import Branch, branch_backward, check_branch, check_norm, one_frame_count
 
 NAME = "mlp"
-registry.declare(NAME, registry.no_fused_kernel)
+MODULATED_NAME = "modulated_mlp"
+registry.declare(NAME, registry.triton_kernel)
+registry.declare(MODULATED_NAME, registry.triton_kernel)
 
 
-def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+def mlp(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor, *, backend: str = "auto"
+) -> Tensor:
     """fc2(gelu_tanh(fc1(x))).
 
-    Operations: 4 * tokens * C_in * C_hidden with C_out = C_in. The bias and the GELU belong into the first
-    GEMM's epilogue, so that no pass over [tokens, C_hidden] is left.
+    Operations: 4 * tokens * C_in * C_hidden with C_out = C_in. Bytes beside the GEMMs': the hidden values in, their
+    activation out. Kept for the backward pass: x and the hidden values before bias and activation.
 
     Args:
         x: [..., C_in].
         fc1_weight: [C_hidden, C_in]; fc1_bias: [C_hidden].
         fc2_weight: [C_out, C_hidden]; fc2_bias: [C_out].
+        backend: see `registry.use_kernel`.
 
     Returns:
         [..., C_out] in x's dtype.
@@ -28,13 +40,161 @@ def mlp(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2
         ValueError: a shape that does not fit, or an empty x.
     """
     expect_not_empty(NAME, "x", x)
-    hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
-    expect_shape(NAME, "fc1_weight", fc1_weight, (hidden, x.shape[-1]))
-    expect_shape(NAME, "fc1_bias", fc1_bias, (hidden,))
-    expect_shape(NAME, "fc2_weight", fc2_weight, (out, hidden))
-    expect_shape(NAME, "fc2_bias", fc2_bias, (out,))
+    _check_weights(NAME, x, fc1_weight, fc1_bias, fc2_weight)
+    expect_shape(NAME, "fc2_bias", fc2_bias, (fc2_weight.shape[0],))
+    if registry.use_kernel(NAME, backend, x, *fc1_weight.shape, fc2_weight.shape[0]):
+        return _Mlp.apply(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     return definition(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
 
 
-def definition(x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+def definition(
+    x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor | None = None
+) -> Tensor:
     return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias), approximate="tanh"), fc2_weight, fc2_bias)
+
+
+def modulated_mlp(
+    x: Tensor,
+    branch: Branch | None,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    eps: float = 1e-6,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x + gate * (o + bias_o), and the MLP of LN of that * (1 + scale) + shift, without its last bias.
+
+    The last bias goes into the `Branch` that the result becomes. Kept for the backward pass: the new x, o, mean
+    and 1/std of each row, and the hidden values before bias and activation; u and the activation are made again.
+
+    Args:
+        x: [B, T, S, C], the residual stream.
+        branch: what is to be added to it first; None: nothing.
+        shift, scale: [B, 1, C] or [B, T, C].
+        fc1_weight: [C_hidden, C]; fc1_bias: [C_hidden]; fc2_weight: [C, C_hidden].
+        eps: added to the variance.
+        backend: see `registry.use_kernel`.
+
+    Returns:
+        The new residual stream and the MLP's output, each [B, T, S, C].
+
+    Raises:
+        ValueError: a shape that does not fit, or an empty x.
+    """
+    check_norm(MODULATED_NAME, x, shift, scale)
+    if branch is not None:
+        check_branch(MODULATED_NAME, x, branch)
+    _check_weights(MODULATED_NAME, x, fc1_weight, fc1_bias, fc2_weight)
+    if registry.use_kernel(MODULATED_NAME, backend, x, *fc1_weight.shape, fc2_weight.shape[0]):
+        o, gate, bias_o = (None, None, None) if branch is None else branch
+        gate, shift, scale = one_frame_count(MODULATED_NAME, x, gate, shift, scale)
+        return _ModulatedMlp.apply(x, o, gate, bias_o, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps)
+    return modulated_definition(x, branch, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps)
+
+
+def modulated_definition(
+    x: Tensor,
+    branch: Branch | None,
+    shift: Tensor,
+    scale: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    if branch is not None:
+        x = gate_residual_definition(x, *branch)
+    u = layer_norm_modulate_definition(x, shift, scale, eps)
+    return x, definition(u, fc1_weight, fc1_bias, fc2_weight)
+
+
+def _check_weights(op: str, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> None:
+    hidden, out = fc1_weight.shape[0], fc2_weight.shape[0]
+    expect_shape(op, "fc1_weight", fc1_weight, (hidden, x.shape[-1]))
+    expect_shape(op, "fc1_bias", fc1_bias, (hidden,))
+    expect_shape(op, "fc2_weight", fc2_weight, (out, hidden))
+
+
+gelu_op = library.define(
+    "gelu(Tensor h, Tensor bias) -> Tensor",
+    lambda h, bias: kernels.forward(h.contiguous(), bias),
+    lambda h, bias: h.new_empty(h.shape),
+)
+gelu_backward_op = library.define(
+    "gelu_backward(Tensor da, Tensor h, Tensor bias) -> (Tensor, Tensor, Tensor)",
+    lambda da, h, bias: kernels.backward(da.contiguous(), h.contiguous(), bias),
+    lambda da, h, bias: (h.new_empty(h.shape), h.new_empty(h.shape), bias.new_empty(bias.shape)),
+)
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, bias):
+        ctx.save_for_backward(h, bias)
+        return library.below_autograd(gelu_op, h, bias)
+
+    @staticmethod
+    def backward(ctx, da):
+        dh, _, dbias = gelu_backward_op(da, *ctx.saved_tensors)
+        return dh, dbias
+
+
+library.differentiable(gelu_op, _Gelu)
+
+
+def _hidden_backward(dy: Tensor, h: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From dy [N, C_out] and h [N, C_hidden]: (dh, gradient of fc1's bias, gradient of fc2's weight)."""
+    dh, activation, dbias = gelu_backward_op(dy @ fc2_weight, h, fc1_bias)
+    return dh, dbias, weight_gradient(dy, activation)
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        h = F.linear(x.flatten(0, -2), fc1_weight)
+        ctx.save_for_backward(x, h, fc1_weight, fc1_bias, fc2_weight)
+        return F.linear(gelu_op(h, fc1_bias), fc2_weight, fc2_bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, h, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        dy = dy.flatten(0, -2)
+        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy, h, fc1_bias, fc2_weight)
+        dx = (dh @ fc1_weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return dx, weight_gradient(dh, x), dfc1_bias, dfc2_weight, bias_gradient(dy)
+
+
+class _ModulatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, o, gate, bias_o, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps):
+        ctx.set_materialize_grads(False)
+        x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
+        h = F.linear(u.flatten(0, -2), fc1_weight)
+        ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight)
+        return x_new, F.linear(gelu_op(h, fc1_bias), fc2_weight).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, dx_new, dy):
+        x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        branch = (o, gate, bias_o)
+        if dy is None:
+            grads = branch_backward(dx_new, None, None, None, branch, None, None)
+            return grads.dx, grads.d_o, grads.dgate, grads.dbias, None, None, None, None, None, None
+        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy.flatten(0, -2), h, fc1_bias, fc2_weight)
+        du = (dh @ fc1_weight).view(x_new.shape)
+        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=True)
+        return (
+            grads.dx,
+            grads.d_o,
+            grads.dgate,
+            grads.dbias,
+            grads.dshift,
+            grads.dscale,
+            weight_gradient(dh, grads.u),
+            dfc1_bias,
+            dfc2_weight,
+            None,
+        )

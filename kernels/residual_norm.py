@@ -1,0 +1,461 @@
+"""Everything between two GEMMs on the residual stream, in one pass: bias, gate, residual, LayerNorm, modulation.
+
+    x_new = x + gate * (o + bias)            the end of one branch (each of the three parts may be absent)
+    u = LN(x_new) * (1 + scale) + shift      the entry of the next (likewise)
+
+Tokens come in groups that share a row of shift, scale and gate: a frame, or a whole sample where frames do not
+differ. A program walks over some rows of one group, so that the modulation is read once; in the backward pass it
+keeps the sums over its rows that become the gradients of shift, scale, gate and bias, writes them as partial sums,
+and `_sum_partials` adds those in a fixed order: no atomics, the same bits every time.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stdit_fast.kernels.launch import launch
+from stdit_fast.kernels.tiles import cdiv, next_power_of_2, split
+
+# Replaces entries of `_plan`'s choices by name, for tuning: {"forward_rows": 2, ...}.
+TUNING: dict[str, int] = {}
+
+_TARGET_PROGRAMS = 132 * 16  # some waves of programs on the largest Hopper GPU
+
+
+class Plan(NamedTuple):
+    """How the rows of a tensor [groups * group_size, C] are given to programs."""
+
+    groups: int
+    group_size: int
+    rows: int  # of one tile
+    tiles: int  # tiles that a program walks over
+    chunks: int  # programs a group
+    warps: int
+
+
+def _plan(groups: int, group_size: int, channels: int, direction: str, itemsize: int) -> Plan:
+    # Measured on an H200 at 1152 channels: two warps a row, and registers for eight rows a multiprocessor.
+    rows = TUNING.get(f"{direction}_rows", 2 if direction == "forward" else 1)
+    default_warps = max(1, min(8, channels // 512))
+    warps = TUNING.get(f"{direction}_warps", default_warps)
+    most = TUNING.get(f"{direction}_most", 32)
+    # Long walks amortise the modulation and the partial sums; short ones fill the GPU when there are few rows.
+    wanted = groups * group_size // _TARGET_PROGRAMS
+    least = TUNING.get(f"{direction}_least", 8 if direction == "forward" else 16)
+    walk = max(min(most, wanted), min(least, group_size), rows)
+    tiles = cdiv(walk, rows)
+    # As many programs a group as that takes, each with an even share.
+    chunks = cdiv(group_size, tiles * rows)
+    tiles = cdiv(cdiv(group_size, chunks), rows)
+    return Plan(groups, group_size, rows, tiles, chunks, warps)
+
+
+def forward(
+    x: Tensor,
+    o: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(x_new, u, stats) of contiguous x and o [..., C]; what does not apply is None.
+
+    Args:
+        bias: [C]; gate, shift, scale: [groups, C], the rows at any stride.
+
+    Returns:
+        x_new, u as x; stats [rows, 2] float32: mean and 1/std of each row of x_new.
+    """
+    channels = x.shape[-1]
+    count = x.numel() // channels
+    plan = _plan(groups, count // groups, channels, "forward", x.element_size())
+    first, rest = split(channels)
+    has_norm = shift is not None
+    x_new = torch.empty_like(x) if o is not None else None
+    u = torch.empty_like(x) if has_norm else None
+    stats = torch.empty(count, 2, dtype=torch.float32, device=x.device) if has_norm else None
+    launch(
+        _residual_norm_forward, groups * plan.chunks, x, o, bias, gate, shift, scale, x_new, u, stats,
+        plan.group_size, plan.chunks, _row_stride(gate), _row_stride(shift), _row_stride(scale), eps,
+        C=channels, FIRST=first, REST=rest, ROWS=plan.rows, TILES=plan.tiles,
+        HAS_BRANCH=o is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm,
+        num_warps=plan.warps, maxnreg=TUNING.get("forward_registers"),
+    )  # fmt: skip
+    return x_new, u, stats
+
+
+class Gradients(NamedTuple):
+    """Of `forward`'s inputs; None where an input was absent.
+
+    dx is None where it would equal the one gradient that came, d_o where it would equal dx. `modulation` holds
+    those of shift, scale and gate as far as there are any, in this order: [1 to 3, groups, C].
+    """
+
+    dx: Tensor | None
+    d_o: Tensor | None
+    dbias: Tensor | None
+    modulation: Tensor | None
+    u: Tensor | None
+
+
+def backward(
+    dx_new: Tensor | None,
+    du: Tensor | None,
+    x_new: Tensor | None,
+    stats: Tensor | None,
+    o: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    groups: int,
+    remake_u: bool,
+) -> Gradients:
+    """The gradients from those of x_new and of u; either may be None.
+
+    Without a norm (scale None), du is a second gradient of x_new. `remake_u` also returns u, which the gradient of
+    a weight behind it needs, and which is cheaper to make again in this pass than to keep.
+    """
+    like = du if du is not None else dx_new
+    channels = like.shape[-1]
+    count = like.numel() // channels
+    plan = _plan(groups, count // groups, channels, "backward", like.element_size())
+    first, rest = split(channels)
+    has_norm = scale is not None
+    # Without a norm and with one gradient, x's gradient is that gradient: nothing to write.
+    has_dx = has_norm or (du is not None and dx_new is not None)
+    dx = torch.empty_like(like) if has_dx else None
+    # Without a gate the branch's gradient is x's.
+    d_o = torch.empty_like(like) if o is not None and gate is not None else None
+    u = torch.empty_like(like) if remake_u else None
+    programs = groups * plan.chunks
+    modulations = 2 * has_norm + (gate is not None)
+    kinds = modulations + (bias is not None)
+    partials = torch.empty(kinds, programs, channels, dtype=torch.float32, device=like.device)
+    if has_dx or kinds:
+        launch(
+            _residual_norm_backward, programs,
+            dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
+            plan.group_size, plan.chunks, _row_stride(gate), _row_stride(shift), _row_stride(scale),
+            C=channels, FIRST=first, REST=rest, ROWS=plan.rows, TILES=plan.tiles,
+            HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None, HAS_BRANCH=o is not None,
+            HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm, WRITE_DX=has_dx, REMAKE_U=remake_u,
+            num_warps=plan.warps, maxnreg=TUNING.get("backward_registers", 128),
+        )  # fmt: skip
+    dmodulation = dbias = None
+    if modulations:
+        by_group = partials[:modulations].view(modulations * groups, plan.chunks, channels)
+        dmodulation = sum_rows(by_group, like.dtype).view(modulations, groups, channels)
+    if bias is not None:
+        dbias = column_sum(partials[-1], bias.dtype)
+    return Gradients(dx, d_o, dbias, dmodulation, u)
+
+
+def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over the rows of x [N, C], in float32, rounded to `dtype`: [C]. The same bits every time."""
+    count, channels = x.shape
+    # The second pass has one program a column block, so its rows should be few; so should the programs of the first.
+    parts = max(1, min(cdiv(count, 32), 128))
+    if parts > 1:
+        x = sum_rows(x, torch.float32, parts)
+    return sum_rows(x.view(1, -1, channels), dtype)[0]
+
+
+def sum_rows(x: Tensor, dtype: torch.dtype, parts: int | None = None) -> Tensor:
+    """Sums over rows in float32: x [M, R, C] to [M, C], or x [N, C] to [parts, C], in `dtype`."""
+    channels = x.shape[-1]
+    if parts is None:
+        parts, size = x.shape[0], x.shape[1]
+        count = parts * size
+    else:
+        count = x.shape[0]
+        size = cdiv(count, parts)
+    out = torch.empty(parts, channels, dtype=dtype, device=x.device)
+    width = 128 if channels >= 128 else max(16, next_power_of_2(channels))
+    launch(
+        _sum_rows, parts * cdiv(channels, width), x, out, count, size, channels,
+        WIDTH=width, ROWS=min(32, max(2, next_power_of_2(size))), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def _row_stride(modulation: Tensor | None) -> int:
+    return 0 if modulation is None else modulation.stride(0)
+
+
+@triton.jit
+def _row(pointer, columns, mask):
+    """A row of modulation in float32, 0 beyond its end."""
+    return tl.load(pointer + columns, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _tile(pointer, offsets, mask):
+    """A tile of rows in float32, 0 beyond its end."""
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["group_size", "chunks"])
+def _residual_norm_forward(
+    x, o, bias, gate, shift, scale, x_new, u, stats,
+    group_size, chunks, gate_stride, shift_stride, scale_stride, eps,
+    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    group = (tl.program_id(0) // chunks).to(tl.int64)
+    first_row = (tl.program_id(0) % chunks) * (TILES * ROWS)
+    dtype = x.dtype.element_ty
+    # The row's two blocks: columns a, and columns b where a power of two does not hold all.
+    a = tl.arange(0, FIRST)
+    a_in = a < C
+    if REST > 0:
+        b = FIRST + tl.arange(0, REST)
+        b_in = b < C
+    if HAS_GATE:
+        gate_a = _row(gate + group * gate_stride, a, a_in)[None, :]
+        if REST > 0:
+            gate_b = _row(gate + group * gate_stride, b, b_in)[None, :]
+    if HAS_BIAS:
+        bias_a = _row(bias, a, a_in)[None, :]
+        if REST > 0:
+            bias_b = _row(bias, b, b_in)[None, :]
+    if HAS_NORM:
+        shift_a = _row(shift + group * shift_stride, a, a_in)[None, :]
+        scale_a = 1.0 + _row(scale + group * scale_stride, a, a_in)[None, :]
+        if REST > 0:
+            shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
+            scale_b = 1.0 + _row(scale + group * scale_stride, b, b_in)[None, :]
+
+    for i in range(TILES):
+        row = first_row + i * ROWS + tl.arange(0, ROWS)
+        row_in = row < group_size
+        token = group * group_size + row
+        at_a = token[:, None] * C + a[None, :]
+        mask_a = row_in[:, None] & a_in[None, :]
+        x_a = _tile(x, at_a, mask_a)
+        if HAS_BRANCH:
+            o_a = _tile(o, at_a, mask_a)
+        if REST > 0:
+            at_b = token[:, None] * C + b[None, :]
+            mask_b = row_in[:, None] & b_in[None, :]
+            x_b = _tile(x, at_b, mask_b)
+            if HAS_BRANCH:
+                o_b = _tile(o, at_b, mask_b)
+        if HAS_BRANCH:
+            # Multiplied and added in one rounding whatever else is in this kernel: a block that is checkpointed takes
+            # another of its forms, and must give the same bits.
+            if HAS_BIAS:
+                o_a += bias_a
+            if HAS_GATE:
+                x_a = tl.fma(o_a, tl.broadcast_to(gate_a, [ROWS, FIRST]), x_a)
+            else:
+                x_a += o_a
+            rounded_a = x_a.to(dtype)
+            tl.store(x_new + at_a, rounded_a, mask=mask_a)
+            x_a = rounded_a.to(tl.float32)
+            if REST > 0:
+                if HAS_BIAS:
+                    o_b += bias_b
+                if HAS_GATE:
+                    x_b = tl.fma(o_b, tl.broadcast_to(gate_b, [ROWS, REST]), x_b)
+                else:
+                    x_b += o_b
+                rounded_b = x_b.to(dtype)
+                tl.store(x_new + at_b, rounded_b, mask=mask_b)
+                x_b = rounded_b.to(tl.float32)
+        if HAS_NORM:
+            total = tl.sum(x_a, 1)
+            if REST > 0:
+                total += tl.sum(x_b, 1)
+            mean = total / C
+            x_a -= mean[:, None]
+            if FIRST > C:
+                x_a = tl.where(mask_a, x_a, 0.0)
+            square = tl.sum(x_a * x_a, 1)
+            if REST > 0:
+                x_b -= mean[:, None]
+                if FIRST + REST > C:
+                    x_b = tl.where(mask_b, x_b, 0.0)
+                square += tl.sum(x_b * x_b, 1)
+            rstd = tl.rsqrt(square / C + eps)
+            tl.store(stats + token * 2, mean, mask=row_in)
+            tl.store(stats + token * 2 + 1, rstd, mask=row_in)
+            tl.store(u + at_a, (x_a * rstd[:, None] * scale_a + shift_a).to(dtype), mask=mask_a)
+            if REST > 0:
+                tl.store(u + at_b, (x_b * rstd[:, None] * scale_b + shift_b).to(dtype), mask=mask_b)
+
+
+@triton.jit
+def _incoming(dx_new, du, at, mask, HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr):
+    """The gradient of x_new where there is no norm: the sum of those that came."""
+    if HAS_DX_NEW:
+        total = _tile(dx_new, at, mask)
+        if HAS_DU:
+            total += _tile(du, at, mask)
+    else:
+        total = _tile(du, at, mask)
+    return total
+
+
+@triton.jit(do_not_specialize=["group_size", "chunks"])
+def _residual_norm_backward(
+    dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
+    group_size, chunks, gate_stride, shift_stride, scale_stride,
+    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, WRITE_DX: tl.constexpr, REMAKE_U: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    group = (program // chunks).to(tl.int64)
+    first_row = (program % chunks) * (TILES * ROWS)
+    dtype = dx.dtype.element_ty if WRITE_DX else o.dtype.element_ty
+    a = tl.arange(0, FIRST)
+    a_in = a < C
+    if REST > 0:
+        b = FIRST + tl.arange(0, REST)
+        b_in = b < C
+    if HAS_GATE:
+        gate_a = _row(gate + group * gate_stride, a, a_in)[None, :]
+        dgate_a = tl.zeros([ROWS, FIRST], tl.float32)
+        if REST > 0:
+            gate_b = _row(gate + group * gate_stride, b, b_in)[None, :]
+            dgate_b = tl.zeros([ROWS, REST], tl.float32)
+    if HAS_BIAS:
+        dsum_a = tl.zeros([ROWS, FIRST], tl.float32)
+        if REST > 0:
+            dsum_b = tl.zeros([ROWS, REST], tl.float32)
+    if HAS_NORM:
+        scale_a = 1.0 + _row(scale + group * scale_stride, a, a_in)[None, :]
+        dshift_a = tl.zeros([ROWS, FIRST], tl.float32)
+        dscale_a = tl.zeros([ROWS, FIRST], tl.float32)
+        if REST > 0:
+            scale_b = 1.0 + _row(scale + group * scale_stride, b, b_in)[None, :]
+            dshift_b = tl.zeros([ROWS, REST], tl.float32)
+            dscale_b = tl.zeros([ROWS, REST], tl.float32)
+
+    for i in range(TILES):
+        row = first_row + i * ROWS + tl.arange(0, ROWS)
+        row_in = row < group_size
+        token = group * group_size + row
+        at_a = token[:, None] * C + a[None, :]
+        mask_a = row_in[:, None] & a_in[None, :]
+        if REST > 0:
+            at_b = token[:, None] * C + b[None, :]
+            mask_b = row_in[:, None] & b_in[None, :]
+        if HAS_NORM:
+            mean = tl.load(stats + token * 2, mask=row_in, other=0.0)[:, None]
+            rstd = tl.load(stats + token * 2 + 1, mask=row_in, other=0.0)[:, None]
+            du_a = _tile(du, at_a, mask_a)
+            # Beyond the rows mean, rstd and du are 0, beyond the columns du is: nothing there enters a sum.
+            hat_a = (_tile(x_new, at_a, mask_a) - mean) * rstd
+            if HAS_DX_NEW:
+                dx_a = _tile(dx_new, at_a, mask_a)
+            if REST > 0:
+                du_b = _tile(du, at_b, mask_b)
+                hat_b = (_tile(x_new, at_b, mask_b) - mean) * rstd
+                if HAS_DX_NEW:
+                    dx_b = _tile(dx_new, at_b, mask_b)
+            if REMAKE_U:
+                # Read here, not held in registers through the walk: it lies in the L1 cache.
+                shift_a = _row(shift + group * shift_stride, a, a_in)[None, :]
+                tl.store(u + at_a, (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
+                if REST > 0:
+                    shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
+                    tl.store(u + at_b, (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
+            dshift_a += du_a
+            dscale_a += du_a * hat_a
+            du_a *= scale_a
+            mean_du = tl.sum(du_a, 1)
+            mean_du_hat = tl.sum(du_a * hat_a, 1)
+            if REST > 0:
+                dshift_b += du_b
+                dscale_b += du_b * hat_b
+                du_b *= scale_b
+                mean_du += tl.sum(du_b, 1)
+                mean_du_hat += tl.sum(du_b * hat_b, 1)
+            mean_du = (mean_du / C)[:, None]
+            mean_du_hat = (mean_du_hat / C)[:, None]
+            norm_a = rstd * (du_a - mean_du - hat_a * mean_du_hat)
+            if HAS_DX_NEW:
+                dx_a += norm_a
+            else:
+                dx_a = norm_a
+            if REST > 0:
+                norm_b = rstd * (du_b - mean_du - hat_b * mean_du_hat)
+                if HAS_DX_NEW:
+                    dx_b += norm_b
+                else:
+                    dx_b = norm_b
+        else:
+            dx_a = _incoming(dx_new, du, at_a, mask_a, HAS_DX_NEW, HAS_DU)
+            if REST > 0:
+                dx_b = _incoming(dx_new, du, at_b, mask_b, HAS_DX_NEW, HAS_DU)
+        if WRITE_DX:
+            tl.store(dx + at_a, dx_a.to(dtype), mask=mask_a)
+            if REST > 0:
+                tl.store(dx + at_b, dx_b.to(dtype), mask=mask_b)
+        if HAS_BRANCH:
+            if HAS_BIAS:
+                dsum_a += dx_a
+                if REST > 0:
+                    dsum_b += dx_b
+            if HAS_GATE:
+                o_a = _tile(o, at_a, mask_a)
+                dgate_a += dx_a * o_a
+                tl.store(d_o + at_a, (dx_a * gate_a).to(dtype), mask=mask_a)
+                if REST > 0:
+                    o_b = _tile(o, at_b, mask_b)
+                    dgate_b += dx_b * o_b
+                    tl.store(d_o + at_b, (dx_b * gate_b).to(dtype), mask=mask_b)
+
+    # partials [kind, program, C]: shift, scale, gate, bias, those that are there.
+    programs = tl.num_programs(0).to(tl.int64)
+    at = partials + program.to(tl.int64) * C
+    if HAS_NORM:
+        tl.store(at + a, tl.sum(dshift_a, 0), mask=a_in)
+        tl.store(at + programs * C + a, tl.sum(dscale_a, 0), mask=a_in)
+        if REST > 0:
+            tl.store(at + b, tl.sum(dshift_b, 0), mask=b_in)
+            tl.store(at + programs * C + b, tl.sum(dscale_b, 0), mask=b_in)
+        at += 2 * programs * C
+    # With D the sum of x's gradient over the rows: dgate = sum of it times o, + bias * D, and dbias = gate * D.
+    if HAS_BIAS:
+        sum_a = tl.sum(dsum_a, 0)
+        if REST > 0:
+            sum_b = tl.sum(dsum_b, 0)
+    if HAS_GATE:
+        total_a = tl.sum(dgate_a, 0)
+        if HAS_BIAS:
+            total_a += _row(bias, a, a_in) * sum_a
+            sum_a *= _row(gate + group * gate_stride, a, a_in)
+        tl.store(at + a, total_a, mask=a_in)
+        if REST > 0:
+            total_b = tl.sum(dgate_b, 0)
+            if HAS_BIAS:
+                total_b += _row(bias, b, b_in) * sum_b
+                sum_b *= _row(gate + group * gate_stride, b, b_in)
+            tl.store(at + b, total_b, mask=b_in)
+        at += programs * C
+    if HAS_BIAS:
+        tl.store(at + a, sum_a, mask=a_in)
+        if REST > 0:
+            tl.store(at + b, sum_b, mask=b_in)
+
+
+@triton.jit(do_not_specialize=["count", "size"])
+def _sum_rows(x, out, count, size, C, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    blocks = tl.cdiv(C, WIDTH)
+    part = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks) * WIDTH + tl.arange(0, WIDTH)
+    total = tl.zeros([ROWS, WIDTH], tl.float32)
+    end = tl.minimum((part + 1) * size, count)
+    for start in range(part * size, end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < end)[:, None] & (column < C)[None, :]
+        total += tl.load(x + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + part * C + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < C)

@@ -1,0 +1,289 @@
+"""The registered ops behind `layer_norm_modulate`, `gate_residual` and the two joined, with their gradients.
+
+One pair of kernels (`stdit_fast.kernels.residual_norm`) serves them all. The public functions, with the
+definitions and checks, are in the ops' own files.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stdit_fast.kernels import residual_norm as kernels
+from stdit_fast.ops import library
+from stdit_fast.ops.checks import expect_dtype, expect_modulation, expect_not_empty, expect_shape
+
+
+class Branch(NamedTuple):
+    """The output of a branch of a block on its way back to the residual stream: x + gate * (o + bias).
+
+    Attributes:
+        o: [B, T, S, C].
+        gate: [B, 1, C] or [B, T, C]; None for 1.
+        bias: [C] of the linear layer that made o; None for 0. It is added here, where its gradient costs no pass.
+    """
+
+    o: Tensor
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def check_branch(op: str, x: Tensor, branch: Branch) -> None:
+    """Raises ValueError unless x is [B, T, S, C] with elements and the branch fits it."""
+    expect_shape(op, "x", x, ("B", "T", "S", "C"))
+    expect_not_empty(op, "x", x)
+    expect_shape(op, "o", branch.o, tuple(x.shape))
+    if branch.gate is not None:
+        expect_modulation(op, "gate", branch.gate, x)
+    if branch.bias is not None:
+        expect_shape(op, "bias", branch.bias, (x.shape[-1],))
+
+
+def check_norm(op: str, x: Tensor, shift: Tensor, scale: Tensor) -> None:
+    """Raises ValueError unless x is [B, T, S, C] with elements and shift and scale fit it."""
+    expect_shape(op, "x", x, ("B", "T", "S", "C"))
+    expect_not_empty(op, "x", x)
+    expect_modulation(op, "shift", shift, x)
+    expect_modulation(op, "scale", scale, x)
+
+
+def one_frame_count(op: str, x: Tensor, *modulations: Tensor | None) -> list[Tensor | None]:
+    """The modulations with one row a sample, or all with one a frame: what a kernel can take. Checks dtypes."""
+    for modulation in modulations:
+        if modulation is not None:
+            expect_dtype(op, "modulation", modulation, x)
+    given = [m for m in modulations if m is not None]
+    frames = max((m.shape[1] for m in given), default=1)
+    return [m if m is None or m.shape[1] == frames else m.expand(-1, frames, -1) for m in modulations]
+
+
+# ------------------------------------------------------------------ kernels
+
+
+def _rows(modulation: Tensor | None) -> Tensor | None:
+    """[B, F, C] as [B*F, C], each row contiguous."""
+    if modulation is None:
+        return None
+    rows = modulation.flatten(0, 1)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _groups(x: Tensor, *modulations: Tensor | None) -> int:
+    """How many groups of tokens share modulation; without any, the samples."""
+    for modulation in modulations:
+        if modulation is not None:
+            return modulation.shape[0] * modulation.shape[1]
+    return x.shape[0]
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    _, u, stats = kernels.forward(
+        x.contiguous(), None, None, None, _rows(shift), _rows(scale), _groups(x, shift), eps
+    )  # fmt: skip
+    return u, stats
+
+
+def _gate_residual(x: Tensor, o: Tensor, bias: Tensor | None, gate: Tensor | None) -> Tensor:
+    groups = _groups(x, gate)
+    return kernels.forward(x.contiguous(), o.contiguous(), bias, _rows(gate), None, None, groups, 0.0)[0]
+
+
+def _gate_residual_layer_norm_modulate(
+    x: Tensor, o: Tensor, bias: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    groups = _groups(x, shift)
+    return kernels.forward(
+        x.contiguous(), o.contiguous(), bias, _rows(gate), _rows(shift), _rows(scale), groups, eps
+    )  # fmt: skip
+
+
+def _backward(
+    dx_new: Tensor | None,
+    du: Tensor | None,
+    x_new: Tensor | None,
+    stats: Tensor | None,
+    o: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    remake_u: bool,
+) -> tuple[Tensor, ...]:
+    like = du if du is not None else dx_new
+    gradients = kernels.backward(
+        _dense(dx_new), _dense(du), _dense(x_new), stats, _dense(o), bias, _rows(gate), _rows(shift), _rows(scale),
+        _groups(like, gate, scale), remake_u,
+    )  # fmt: skip
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+# -------------------------------------------------------------- fake tensors
+
+
+def _fake_stats(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0] * x.shape[1] * x.shape[2], 2), dtype=torch.float32)
+
+
+def _fake_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u):
+    like = du if du is not None else dx_new
+    modulations = 2 * (scale is not None) + (gate is not None)
+    groups = _groups(like, gate, scale)
+
+    def out(present, *shape):
+        return like.new_empty(shape if present else 0)
+
+    return (
+        out(scale is not None or (du is not None and dx_new is not None), *like.shape),
+        out(o is not None and gate is not None, *like.shape),
+        out(bias is not None, like.shape[-1]),
+        out(modulations > 0, modulations, groups, like.shape[-1]),
+        out(remake_u, *like.shape),
+    )
+
+
+layer_norm_modulate_op = library.define(
+    "layer_norm_modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
+    _layer_norm_modulate,
+    lambda x, shift, scale, eps: (_fake_like(x), _fake_stats(x)),
+)
+gate_residual_op = library.define(
+    "gate_residual(Tensor x, Tensor o, Tensor? bias, Tensor? gate) -> Tensor",
+    _gate_residual,
+    lambda x, o, bias, gate: _fake_like(x),
+)
+gate_residual_layer_norm_modulate_op = library.define(
+    "gate_residual_layer_norm_modulate(Tensor x, Tensor o, Tensor? bias, Tensor? gate, Tensor shift, Tensor scale, "
+    "float eps) -> (Tensor, Tensor, Tensor)",
+    _gate_residual_layer_norm_modulate,
+    lambda x, o, bias, gate, shift, scale, eps: (_fake_like(x), _fake_like(x), _fake_stats(x)),
+)
+backward_op = library.define(
+    "residual_norm_backward(Tensor? dx_new, Tensor? du, Tensor? x_new, Tensor? stats, Tensor? o, Tensor? bias, "
+    "Tensor? gate, Tensor? shift, Tensor? scale, bool remake_u) "
+    "-> (Tensor dx, Tensor d_o, Tensor dbias, Tensor modulation, Tensor u)",
+    _backward,
+    _fake_backward,
+)
+
+
+# ------------------------------------------------------------------ gradients
+
+
+class BranchGradients(NamedTuple):
+    """What `branch_backward` returns: the gradients of x, of the branch and of the modulation, and u made again."""
+
+    dx: Tensor
+    d_o: Tensor | None
+    dbias: Tensor | None
+    dgate: Tensor | None
+    dshift: Tensor | None
+    dscale: Tensor | None
+    u: Tensor | None
+
+
+def branch_backward(
+    dx_new: Tensor | None,
+    du: Tensor | None,
+    x_new: Tensor | None,
+    stats: Tensor | None,
+    branch: tuple[Tensor | None, Tensor | None, Tensor | None],
+    shift: Tensor | None,
+    scale: Tensor | None,
+    remake_u: bool = False,
+) -> BranchGradients:
+    """The backward op with its absent outputs resolved; `branch` is (o, gate, bias), all None without one."""
+    o, gate, bias = branch
+    dx, d_o, dbias, modulation, u = backward_op(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u)
+    if scale is None and (dx_new is None or du is None):
+        dx = dx_new if du is None else du
+    if o is None or gate is None:
+        d_o = None if o is None else dx
+    dshift = dscale = dgate = None
+    if scale is not None:
+        dshift, dscale = (modulation[i].view(scale.shape) for i in (0, 1))
+    if gate is not None:
+        dgate = modulation[-1].view(gate.shape)
+    return BranchGradients(
+        dx, d_o, None if bias is None else dbias, dgate, dshift, dscale, u if remake_u else None
+    )  # fmt: skip
+
+
+class _LayerNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shift, scale, eps):
+        u, stats = library.below_autograd(layer_norm_modulate_op, x, shift, scale, eps)
+        ctx.save_for_backward(x, stats, scale)
+        ctx.mark_non_differentiable(stats)
+        return u, stats
+
+    @staticmethod
+    def backward(ctx, du, _):
+        x, stats, scale = ctx.saved_tensors
+        grads = branch_backward(None, du, x, stats, (None, None, None), None, scale)
+        return grads.dx, grads.dshift, grads.dscale, None
+
+
+class _GateResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, o, bias, gate):
+        ctx.save_for_backward(o, bias, gate)
+        return library.below_autograd(gate_residual_op, x, o, bias, gate)
+
+    @staticmethod
+    def backward(ctx, dx_new):
+        o, bias, gate = ctx.saved_tensors
+        grads = branch_backward(dx_new, None, None, None, (o, gate, bias), None, None)
+        return grads.dx, grads.d_o, grads.dbias, grads.dgate
+
+
+class _GateResidualLayerNormModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, o, bias, gate, shift, scale, eps):
+        ctx.set_materialize_grads(False)
+        args = (x, o, bias, gate, shift, scale, eps)
+        x_new, u, stats = library.below_autograd(gate_residual_layer_norm_modulate_op, *args)
+        ctx.save_for_backward(x_new, stats, o, bias, gate, scale)
+        ctx.mark_non_differentiable(stats)
+        return x_new, u, stats
+
+    @staticmethod
+    def backward(ctx, dx_new, du, _):
+        x_new, stats, o, bias, gate, scale = ctx.saved_tensors
+        if du is None:  # only the residual stream is used further
+            grads = branch_backward(dx_new, None, None, None, (o, gate, bias), None, None)
+            return grads.dx, grads.d_o, grads.dbias, grads.dgate, None, None, None
+        grads = branch_backward(dx_new, du, x_new, stats, (o, gate, bias), None, scale)
+        return grads.dx, grads.d_o, grads.dbias, grads.dgate, grads.dshift, grads.dscale, None
+
+
+library.differentiable(layer_norm_modulate_op, _LayerNormModulate)
+library.differentiable(gate_residual_op, _GateResidual)
+library.differentiable(gate_residual_layer_norm_modulate_op, _GateResidualLayerNormModulate)
+
+
+class _WithoutGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def without_gradient(x: Tensor, *parameters: Tensor | None) -> Tensor:
+    """x, as if it came from `parameters` by a function that does not depend on them: their gradients are zeros.
+
+    Distributed training waits for a gradient of every parameter, also in a step that can do without some.
+    """
+    given = [p for p in parameters if p is not None]
+    return _WithoutGradient.apply(x, *given) if given else x

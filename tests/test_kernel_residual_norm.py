@@ -1,0 +1,207 @@
+"""LayerNorm, modulation, gates and residuals fused, alone and with the linear layers behind them."""
+
+import pytest
+import torch
+from kernel_checks import DEVICE, check, dtypes, randn
+
+from stdit_fast import ops
+from stdit_fast.ops.gate_residual import definition as gate_residual_definition
+from stdit_fast.ops.gate_residual_layer_norm_modulate import definition as joined_definition
+from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
+from stdit_fast.ops.linear import column_sum_op
+from stdit_fast.ops.mlp import definition as mlp_definition
+from stdit_fast.ops.mlp import gelu_backward_op, gelu_op, modulated_definition
+from stdit_fast.ops.modulated_linear import definition as modulated_linear_definition
+from stdit_fast.ops.modulated_linear import plain_definition
+from stdit_fast.ops.residual_norm import (
+    backward_op,
+    gate_residual_layer_norm_modulate_op,
+    gate_residual_op,
+    layer_norm_modulate_op,
+)
+
+SHAPES = [(2, 3, 5, 72), (1, 2, 33, 8)] + ([(2, 2, 33, 1152)] if DEVICE == "cuda" else [(1, 1, 2, 1152)])
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+per_frame = pytest.mark.parametrize("per_frame", [False, True], ids=["per sample", "per frame"])
+
+
+def modulation(shape, per_frame, seed):
+    batch, frames, _, channels = shape
+    return randn(batch, frames if per_frame else 1, channels, seed=seed)
+
+
+@dtypes
+@shapes
+@per_frame
+def test_layer_norm_modulate(shape, per_frame, dtype):
+    inputs = dict(x=3 + 2 * randn(*shape), shift=modulation(shape, per_frame, 1), scale=modulation(shape, per_frame, 2))
+    fused = lambda **kw: ops.layer_norm_modulate(**kw, backend="fused")  # noqa: E731
+    check(fused, layer_norm_modulate_definition, inputs, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES[:1])
+@pytest.mark.parametrize("gate", [None, False, True], ids=["no gate", "per sample", "per frame"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_gate_residual(shape, gate, bias, dtype):
+    inputs = dict(x=randn(*shape), o=randn(*shape, seed=1))
+    inputs["gate"] = None if gate is None else modulation(shape, gate, 2)
+    inputs["bias"] = randn(shape[-1], seed=3) if bias else None
+    check(lambda **kw: ops.gate_residual(**kw, backend="fused"), gate_residual_definition, inputs, dtype)
+
+
+def branch_inputs(shape, per_frame, gated=True):
+    return dict(
+        x=randn(*shape),
+        o=randn(*shape, seed=1),
+        gate=modulation(shape, per_frame, 2) if gated else None,
+        bias_o=randn(shape[-1], seed=3),
+        shift=modulation(shape, per_frame, 4),
+        scale=modulation(shape, per_frame, 5),
+    )
+
+
+def joined(function, **fixed):
+    """Calls an op with the branch's parts as separate inputs."""
+
+    def call(x, o, gate, bias_o, **others):
+        return function(x, None if o is None else ops.Branch(o, gate, bias_o), **others, **fixed)
+
+    return call
+
+
+@dtypes
+@shapes
+@per_frame
+@pytest.mark.parametrize("gated", [True, False], ids=["gate", "no gate"])
+def test_gate_residual_layer_norm_modulate(shape, per_frame, gated, dtype):
+    inputs = branch_inputs(shape, per_frame, gated)
+    fused = joined(ops.gate_residual_layer_norm_modulate, backend="fused")
+    check(fused, joined(joined_definition), inputs, dtype)
+
+
+@dtypes
+@per_frame
+@pytest.mark.parametrize("with_branch", [True, False], ids=["branch", "no branch"])
+def test_modulated_linear(per_frame, with_branch, dtype):
+    shape = (2, 3, 5, 72)
+    inputs = branch_inputs(shape, per_frame) | dict(weight=randn(24, 72, seed=6, scale=0.1), bias=randn(24, seed=7))
+    if not with_branch:
+        inputs |= dict(o=None, gate=None, bias_o=None)
+    fused = joined(ops.modulated_linear, backend="fused")
+    check(fused, joined(modulated_linear_definition), inputs, dtype)
+
+
+@dtypes
+@per_frame
+def test_gate_residual_linear(per_frame, dtype):
+    inputs = branch_inputs((2, 3, 5, 72), per_frame) | dict(
+        weight=randn(24, 72, seed=6, scale=0.1), bias=randn(24, seed=7)
+    )
+    del inputs["shift"], inputs["scale"]
+    check(joined(ops.gate_residual_linear, backend="fused"), joined(plain_definition), inputs, dtype)
+
+
+def mlp_weights(channels, hidden):
+    return dict(
+        fc1_weight=randn(hidden, channels, seed=6, scale=channels**-0.5),
+        fc1_bias=randn(hidden, seed=7),
+        fc2_weight=randn(channels, hidden, seed=8, scale=hidden**-0.5),
+    )
+
+
+@dtypes
+@pytest.mark.parametrize("with_branch", [True, False], ids=["branch", "no branch"])
+def test_modulated_mlp(with_branch, dtype):
+    inputs = branch_inputs((2, 3, 5, 72), True, gated=False) | mlp_weights(72, 200)
+    if not with_branch:
+        inputs |= dict(o=None, gate=None, bias_o=None)
+    check(joined(ops.modulated_mlp, backend="fused"), joined(modulated_definition), inputs, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("hidden", [8, 200, 1024])
+def test_mlp(hidden, dtype):
+    inputs = dict(x=randn(3, 11, 40)) | mlp_weights(40, hidden) | dict(fc2_bias=randn(40, seed=9))
+    check(lambda **kw: ops.mlp(**kw, backend="fused"), mlp_definition, inputs, dtype)
+
+
+def test_gelu_at_both_ends():
+    h = torch.tensor([[-1e4, -200.0, -20.0, 0.0, 20.0, 200.0, 1e4, 1.0]], device=DEVICE)
+    bias = torch.zeros(8, device=DEVICE)
+    want = torch.nn.functional.gelu(h, approximate="tanh")
+    torch.testing.assert_close(gelu_op(h, bias), want)
+    dh, activation, _ = gelu_backward_op(torch.ones_like(h), h, bias)
+    torch.testing.assert_close(dh, torch.tensor([[0, 0, 0, 0.5, 1, 1, 1, 1.0829640]], device=DEVICE))
+    torch.testing.assert_close(activation, want)
+
+
+def test_one_gradient_is_enough():
+    """What comes after may use the residual stream alone, or the branch alone."""
+    shape = (2, 3, 5, 72)
+    for used in (0, 1):
+        fused, plain = (
+            {
+                k: v.clone().requires_grad_() if k not in ("weight", "bias") else v
+                for k, v in (
+                    branch_inputs(shape, True) | dict(weight=randn(8, 72, seed=6), bias=randn(8, seed=7))
+                ).items()
+            }
+            for _ in range(2)
+        )
+        joined(ops.modulated_linear, backend="fused")(**fused)[used].square().sum().backward()
+        joined(modulated_linear_definition)(**plain)[used].square().sum().backward()
+        for name in ("x", "o", "gate", "bias_o"):
+            torch.testing.assert_close(fused[name].grad, plain[name].grad, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gate_for_each_sample_and_a_norm_for_each_frame():
+    shape = (2, 3, 5, 72)
+    inputs = branch_inputs(shape, True) | dict(gate=modulation(shape, False, 2))
+    check(
+        joined(ops.gate_residual_layer_norm_modulate, backend="fused"), joined(joined_definition), inputs, torch.float32
+    )
+
+
+def test_tensors_that_are_not_contiguous():
+    x = randn(3, 2, 72, 5).permute(1, 0, 3, 2)  # [2, 3, 5, 72]
+    rows = randn(2, 3, 9, 72, seed=1)
+    for got, want in zip(
+        ops.gate_residual_layer_norm_modulate(
+            x, ops.Branch(x + 1, rows[:, :, 2], None), rows[:, :, 0], rows[:, :, 1], backend="fused"
+        ),
+        joined_definition(x, ops.Branch(x + 1, rows[:, :, 2], None), rows[:, :, 0], rows[:, :, 1]),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 32, 33, 700])
+def test_column_sum(rows):
+    x = randn(rows, 40)
+    torch.testing.assert_close(column_sum_op(x), x.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_another_dtype_for_the_modulation_is_refused():
+    x = randn(1, 1, 2, 8)
+    with pytest.raises(ValueError, match="layer_norm_modulate: modulation is torch.float16 and x torch.float32"):
+        ops.layer_norm_modulate(x, x[:, :, 0].half(), x[:, :, 0].half(), backend="fused")
+
+
+def test_registered_ops():
+    def leaf(*shape, seed=0):
+        return randn(*shape, seed=seed).requires_grad_()
+
+    x, o, bias, row = leaf(1, 2, 3, 16), leaf(1, 2, 3, 16, seed=1), leaf(16), leaf(1, 2, 16)
+    stats = torch.rand(6, 2, device=DEVICE)
+    torch.library.opcheck(layer_norm_modulate_op, (x, row, row, 1e-6))
+    torch.library.opcheck(gate_residual_op, (x, o, bias, row))
+    torch.library.opcheck(gate_residual_op, (x, o, None, None))
+    torch.library.opcheck(gate_residual_layer_norm_modulate_op, (x, o, bias, row, row, row, 1e-6))
+    plain = [t.detach() for t in (x, o, bias, row)]
+    x, o, bias, row = plain
+    torch.library.opcheck(backward_op, (x, o, x, stats, o, bias, row, row, row, True))
+    torch.library.opcheck(backward_op, (x, None, None, None, o, bias, None, None, None, False))
+    torch.library.opcheck(gelu_op, (leaf(5, 16), leaf(16)))
+    torch.library.opcheck(gelu_backward_op, (randn(5, 16), randn(5, 16), bias))
+    torch.library.opcheck(column_sum_op, (randn(5, 16),))

@@ -3,64 +3,156 @@
 import torch
 from torch import Tensor
 
-from stdit_fast.ops import registry
+from stdit_fast.kernels import temporal_attention as kernels
+from stdit_fast.ops import library, registry
 from stdit_fast.ops.checks import expect_qkv, expect_shape
 from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
+from stdit_fast.ops.temporal_attention_long import temporal_attention_long
 
 NAME = "temporal_attention"
-registry.declare(NAME, registry.no_fused_kernel)
+
+
+def _serving() -> tuple[str, str]:
+    implementation, reason = registry.triton_kernel()
+    if implementation == registry.REFERENCE:
+        return implementation, reason
+    return implementation, f"one pass to {kernels.MAX_FRAMES} frames, beyond with a library's attention; {reason}"
+
+
+registry.declare(NAME, _serving)
+
+
+def rotation_table(freqs: Tensor, num_frames: int) -> Tensor:
+    """Cosine and sine of frame * freq, the rotation of each pair of neighbouring channels in each frame.
+
+    Args:
+        freqs: [D/2] angle a frame, in radians.
+
+    Returns:
+        [T, 2, D/2], float32 or better.
+    """
+    wide = torch.promote_types(freqs.dtype, torch.float32)
+    frame = torch.arange(num_frames, device=freqs.device, dtype=wide)
+    angle = frame[:, None] * freqs.to(wide)
+    return torch.stack((angle.cos(), angle.sin()), dim=1)
 
 
 def temporal_attention(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    freqs: Tensor,
+    rotation: Tensor,
     *,
     rotate_first: bool = False,
     eps: float = 1e-6,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention over T with rotary position embedding (Su et al., 2021), position = frame index.
 
-    Bytes it must move: q, k, v in, o out (4 units of C values a token).
+    Bytes it must move: q, k, v in, o out (4 units of C values a token). Backward: q, k, v and o's gradient in, their
+    gradients out (7 units). Kept for the backward pass: qkv alone.
 
     Args:
         qkv: [B, T, S, 3, H, D], the projection's output as it comes.
         q_weight, k_weight: [D] weights of the RMSNorm of q and k; None for a model without QK-norm.
-        freqs: [D/2] angle a frame of each pair of neighbouring channels, in radians.
+        rotation: [T, 2, D/2], see `rotation_table`; it gets no gradient.
         rotate_first: rotate before normalising, as Open-Sora 1.1 did; new models normalise first.
         eps: of the RMSNorm.
+        backend: see `registry.use_kernel`.
 
     Returns:
         [B, T, S, H*D] in qkv's dtype.
 
     Raises:
         ValueError: a shape that does not fit, or an empty qkv.
+        ConfigError: backend="fused" where that cannot be had.
     """
     expect_qkv(NAME, qkv, q_weight, k_weight)
-    expect_shape(NAME, "freqs", freqs, (qkv.shape[-1] // 2,))
-    return definition(qkv, q_weight, k_weight, freqs, rotate_first, eps)
+    expect_shape(NAME, "rotation", rotation, (qkv.shape[1], 2, qkv.shape[-1] // 2))
+    if not registry.use_kernel(NAME, backend, qkv, qkv.shape[-1]):
+        return definition(qkv, q_weight, k_weight, rotation, rotate_first, eps)
+    if qkv.shape[1] > kernels.max_frames(qkv.dtype, qkv.shape[-1]):
+        return temporal_attention_long(qkv, q_weight, k_weight, rotation, rotate_first, eps)
+    return _op(qkv, q_weight, k_weight, rotation, rotate_first, eps)
 
 
 def definition(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, freqs: Tensor, rotate_first: bool, eps: float
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    rotate_first: bool = False,
+    eps: float = 1e-6,
 ) -> Tensor:
     q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # each [B, S, H, T, D]
     if rotate_first:
-        q, k = rms_norm(rotate(q, freqs), q_weight, eps), rms_norm(rotate(k, freqs), k_weight, eps)
+        q, k = rms_norm(rotate(q, rotation), q_weight, eps), rms_norm(rotate(k, rotation), k_weight, eps)
     else:
-        q, k = rotate(rms_norm(q, q_weight, eps), freqs), rotate(rms_norm(k, k_weight, eps), freqs)
+        q, k = rotate(rms_norm(q, q_weight, eps), rotation), rotate(rms_norm(k, k_weight, eps), rotation)
     o = library_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))  # [B*S, H, T, D]
     o = o.unflatten(0, q.shape[:2]).permute(0, 3, 1, 2, 4)  # [B, T, S, H, D]
     return o.flatten(3)
 
 
-def rotate(x: Tensor, freqs: Tensor) -> Tensor:
-    """Turns each pair of neighbouring channels of x [..., T, D] by frame * freqs, in float32 or better."""
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turns each pair of neighbouring channels of x [..., T, D] by its frame's angle, in float32 or better."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    frame = torch.arange(x.shape[-2], device=x.device, dtype=wide.dtype)
-    angle = frame[:, None] * freqs.to(wide.dtype)  # [T, D/2]
+    cos, sin = rotation.to(wide.dtype).unbind(1)
     even, odd = wide[..., 0::2], wide[..., 1::2]
-    cos, sin = angle.cos(), angle.sin()
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
+
+
+# ---------------------------------------------------------------- the op
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    return qkv if kernels.readable(qkv) else qkv.contiguous()
+
+
+def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps):
+    if qkv.shape[1] == 1:  # softmax over one key
+        return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3)
+    return kernels.forward(_readable(qkv), q_weight, k_weight, rotation.float().contiguous(), rotate_first, eps)
+
+
+def _backward(d_o, qkv, q_weight, k_weight, rotation, rotate_first, eps):
+    if qkv.shape[1] == 1:
+        dqkv = qkv.new_zeros(qkv.shape)
+        dqkv.select(3, 2).copy_(d_o.unflatten(3, qkv.shape[4:]))
+        return dqkv, qkv.new_zeros((2, qkv.shape[-1]))
+    rotation = rotation.float().contiguous()
+    return kernels.backward(d_o, _readable(qkv), q_weight, k_weight, rotation, rotate_first, eps)
+
+
+_op = library.define(
+    "temporal_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, bool rotate_first, float eps) "
+    "-> Tensor",
+    _forward,
+    lambda qkv, *_: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]),
+)
+_backward_op = library.define(
+    "temporal_attention_backward(Tensor d_o, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, "
+    "bool rotate_first, float eps) -> (Tensor dqkv, Tensor d_weights)",
+    _backward,
+    lambda d_o, qkv, *_: (qkv.new_empty(qkv.shape), qkv.new_empty((2, qkv.shape[-1]))),
+)
+
+
+class _TemporalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, q_weight, k_weight, rotation, rotate_first, eps):
+        ctx.save_for_backward(qkv, q_weight, k_weight, rotation)
+        ctx.options = rotate_first, eps
+        return library.below_autograd(_op, qkv, q_weight, k_weight, rotation, rotate_first, eps)
+
+    @staticmethod
+    def backward(ctx, d_o):
+        qkv, q_weight, k_weight, rotation = ctx.saved_tensors
+        dqkv, d_weights = _backward_op(d_o, qkv, q_weight, k_weight, rotation, *ctx.options)
+        dq_weight = None if q_weight is None else d_weights[0].to(q_weight.dtype)
+        dk_weight = None if k_weight is None else d_weights[1].to(k_weight.dtype)
+        return dqkv, dq_weight, dk_weight, None, None, None
+
+
+library.differentiable(_op, _TemporalAttention)

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stdit_fast.model.patch import patch_opensora
     from stdit_fast.model.stdit2 import STDiT2, STDiT2Config
     from stdit_fast.reporting import report
 
-__all__ = ["STDiT2", "STDiT2Config", "report"]
+__all__ = ["STDiT2", "STDiT2Config", "patch_opensora", "report"]
 
 # Loaded when first asked for: `import stdit_fast` is quick and imports no torch. No submodule bears one of these
 # names, so that importing it could not take the name over.
 _HOMES = {
     "STDiT2": "stdit_fast.model.stdit2",
     "STDiT2Config": "stdit_fast.model.stdit2",
+    "patch_opensora": "stdit_fast.model.patch",
     "report": "stdit_fast.reporting",
 }
 

@@ -39,7 +39,7 @@ def test_shipped_configs(name, table):
     assert len(buckets) > 0
     if name != "tiny":
         assert (config.lr, config.ema_decay, config.grad_clip, config.ckpt_every) == (2e-5, 0.9999, 1.0, 500)
-        assert config.plugin == "zero2" and config.grad_checkpoint == (name != "stage1")
+        assert config.plugin == "zero2" and config.grad_checkpoint == "auto"
         assert model_config(config, 4096).hidden_size == 1152
     if name == "stage1":
         own = {(b.resolution, b.num_frames): (b.keep_prob, b.batch_size) for b in buckets}

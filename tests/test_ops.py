@@ -76,7 +76,7 @@ def test_spatial_attention(norm):
 def test_temporal_attention(frames, rotate_first):
     qkv, wq, wk = randn(2, frames, 3, 3, 2, 6), randn(6, seed=1), randn(6, seed=2)
     freqs = torch.tensor([1.0, 0.3, 0.05], dtype=F64)
-    out = ops.temporal_attention(qkv, wq, wk, freqs, rotate_first=rotate_first)
+    out = ops.temporal_attention(qkv, wq, wk, ops.rotation_table(freqs, frames), rotate_first=rotate_first)
 
     def turned(x):  # [T, D]: pairs as complex numbers
         angle = torch.arange(frames, dtype=F64)[:, None] * freqs
@@ -96,7 +96,7 @@ def test_temporal_attention(frames, rotate_first):
 
 def test_one_frame_attends_to_its_own_value():
     qkv = randn(2, 1, 3, 3, 2, 6)
-    out = ops.temporal_attention(qkv, randn(6), randn(6, seed=1), torch.ones(3, dtype=F64))
+    out = ops.temporal_attention(qkv, randn(6), randn(6, seed=1), ops.rotation_table(torch.ones(3, dtype=F64), 1))
     torch.testing.assert_close(out, qkv[:, :, :, 2].flatten(3))
 
 
@@ -104,8 +104,9 @@ def test_rotation_keeps_the_norm_and_depends_on_distance_alone():
     q, k = randn(9, 6), randn(9, 6, seed=5)
     same_q, same_k = q[:1].expand(9, 6), k[:1].expand(9, 6)
     freqs = torch.tensor([1.0, 0.3, 0.05], dtype=F64)
-    torch.testing.assert_close(rotate(q, freqs).norm(dim=1), q.norm(dim=1))
-    products = rotate(same_q, freqs) @ rotate(same_k, freqs).T
+    table = ops.rotation_table(freqs, 9)
+    torch.testing.assert_close(rotate(q, table).norm(dim=1), q.norm(dim=1))
+    products = rotate(same_q, table) @ rotate(same_k, table).T
     for distance in range(9):
         diagonal = products.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
@@ -177,9 +178,9 @@ def test_gradients_of_the_definitions():
     assert check(ops.gate_residual, (x, o, mod))
     qkv, w = randn(1, 3, 2, 3, 1, 4, grad=True), randn(4, seed=3, grad=True)
     assert check(ops.spatial_attention, (qkv, w, w))
-    freqs = torch.tensor([1.0, 0.1], dtype=F64)
+    table = ops.rotation_table(torch.tensor([1.0, 0.1], dtype=F64), 3)
     for first in (True, False):
-        assert check(lambda a, b, first=first: ops.temporal_attention(a, b, b, freqs, rotate_first=first), (qkv, w))
+        assert check(lambda a, b, first=first: ops.temporal_attention(a, b, b, table, rotate_first=first), (qkv, w))
     layout = ops.text_layout(torch.tensor([[1, 0, 1], [0, 1, 0]]), 2, 3, torch.device("cpu"))
     q, kv = randn(2, 3, 1, 4, grad=True), randn(3, 2, 1, 4, grad=True)
     assert check(lambda q, kv: ops.cross_attention(q, kv, layout), (q, kv))
@@ -192,7 +193,7 @@ def test_gradients_of_the_definitions():
         (lambda: ops.layer_norm_modulate(randn(0, 2, 3, 4), randn(0, 1, 4), randn(0, 1, 4)), "holds no element"),
         (lambda: ops.gate_residual(randn(1, 2, 3, 4), randn(1, 2, 4, 4), randn(1, 1, 4)), "o has shape"),
         (lambda: ops.spatial_attention(randn(1, 2, 3, 2, 1, 4), None, None), "qkv has shape"),
-        (lambda: ops.temporal_attention(randn(1, 2, 3, 3, 1, 4), None, None, torch.ones(3)), "freqs has shape"),
+        (lambda: ops.temporal_attention(randn(1, 2, 3, 3, 1, 4), None, None, torch.ones(3)), "rotation has shape"),
         (lambda: ops.mlp(randn(2, 5), randn(7, 4), randn(7), randn(5, 7), randn(5)), "fc1_weight has shape"),
         (lambda: ops.patch_embed(randn(1, 4, 2, 4, 4), randn(6, 4, 1, 2, 2), randn(6), randn(1, 5, 6)), "position has"),
     ],
@@ -204,18 +205,18 @@ def test_bad_shapes_are_named(call, message):
 
 def test_bfloat16_stays_bfloat16_and_close():
     qkv = randn(2, 5, 7, 3, 2, 8)
-    w, freqs = randn(8, seed=1), torch.tensor([1.0, 0.3, 0.1, 0.01])
+    w, table = randn(8, seed=1), ops.rotation_table(torch.tensor([1.0, 0.3, 0.1, 0.01]), 5)
     half = qkv.bfloat16()
     for op in (
         lambda a, b: ops.spatial_attention(a, b, b),
-        lambda a, b: ops.temporal_attention(a, b, b, freqs),
+        lambda a, b: ops.temporal_attention(a, b, b, table),
     ):
         got = op(half, w.bfloat16())
         assert got.dtype == torch.bfloat16
         assert relative_error(got, op(half.double(), w.bfloat16().double())) < 2e-2
 
 
-def test_backend_names():
+def test_backend_names(monkeypatch):
     from stdit_fast.errors import ConfigError
     from stdit_fast.ops import registry
 
@@ -226,6 +227,7 @@ def test_backend_names():
     served = {s.op: s for s in registry.serving()}
     assert set(ops.MODEL_OPS) <= set(served)
     if any(served[op].implementation == registry.REFERENCE for op in ops.MODEL_OPS):
+        monkeypatch.setattr(registry, "interpreted", lambda: False)
         with pytest.raises(ConfigError, match="the fast path cannot be had here"):
             ops.check_backend("fused", ops.MODEL_OPS)
 

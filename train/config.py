@@ -145,7 +145,9 @@ class TrainConfig:
         lr, weight_decay, adam_betas, adam_eps, warmup_steps: AdamW with linear warm-up, then constant.
         grad_clip: global gradient norm at most; 0: no clipping.
         ema_decay: of the averaged weights; 0: none are kept.
-        grad_checkpoint: recompute in the backward pass: false, true (all blocks), or a number of blocks.
+        grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
+            GPU's memory), false, true (all blocks), or a number of blocks.
+        cuda_graphs: run the blocks of small buckets as CUDA graphs on a GPU, once a bucket has come back twice.
         load: a checkpoint of ours to start another stage from; counting begins anew.
         load_optimizer: with `load`, take the optimizer's state along.
         resume: go on from the newest checkpoint in `outputs`, if there is one.
@@ -178,7 +180,8 @@ class TrainConfig:
     warmup_steps: int = 0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
-    grad_checkpoint: bool | int = False
+    grad_checkpoint: bool | int | typing.Literal["auto"] = "auto"
+    cuda_graphs: bool = True
     load: str | None = None
     load_optimizer: bool = True
     resume: bool = True
@@ -313,8 +316,9 @@ def check(config: TrainConfig) -> None:
     if config.plugin == "ddp" and config.dtype == "bf16":
         raise ConfigError("dtype", "bf16", "ddp trains in fp32; use dtype fp32, or plugin zero2")
     depth = config.model.depth
-    if not isinstance(config.grad_checkpoint, bool) and not 0 <= config.grad_checkpoint <= depth:
-        raise ConfigError("grad_checkpoint", config.grad_checkpoint, f"use false, true or 0 to model.depth = {depth}")
+    blocks = config.grad_checkpoint
+    if blocks != "auto" and not isinstance(blocks, bool) and not 0 <= blocks <= depth:
+        raise ConfigError("grad_checkpoint", blocks, f"use auto, false, true or 0 to model.depth = {depth}")
     if config.dataset.data_path is None:
         raise ConfigError("dataset.data_path", None, "name the metadata table (CSV or Parquet) of the training samples")
     for key in ("dataset.data_path", "validation.data_path", "load"):

@@ -59,8 +59,9 @@ class Trainer:
                 data.dataset.posterior_noise = self.vae.uses_posterior_noise
 
         model = build_model(config, self.text_encoder.channels)
-        whole = isinstance(config.grad_checkpoint, bool)
-        model.set_checkpointing(("all" if config.grad_checkpoint else "off") if whole else config.grad_checkpoint)
+        blocks = config.grad_checkpoint
+        model.set_checkpointing({True: "all", False: "off"}[blocks] if isinstance(blocks, bool) else blocks)
+        model.set_cuda_graphs(config.cuda_graphs)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes))

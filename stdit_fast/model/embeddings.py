@@ -60,9 +60,9 @@ class CaptionEmbedder(nn.Module):
     `y_embedding` is a buffer, as in Open-Sora 1.1: it is saved and loaded, and not trained.
     """
 
-    def __init__(self, caption_channels: int, channels: int, max_tokens: int):
+    def __init__(self, caption_channels: int, channels: int, max_tokens: int, backend: str = "auto"):
         super().__init__()
-        self.y_proj = Mlp(caption_channels, channels, channels, initial_std=0.02)
+        self.y_proj = Mlp(caption_channels, channels, channels, initial_std=0.02, backend=backend)
         self.register_buffer("y_embedding", torch.empty(max_tokens, caption_channels))
 
     def forward(self, y: Tensor, drop: Tensor | None) -> Tensor:
@@ -82,13 +82,21 @@ class CaptionEmbedder(nn.Module):
 class Mlp(nn.Module):
     """fc1, GELU(tanh), fc2."""
 
-    def __init__(self, channels_in: int, hidden: int, channels_out: int, initial_std: float | None = None):
+    def __init__(
+        self,
+        channels_in: int,
+        hidden: int,
+        channels_out: int,
+        initial_std: float | None = None,
+        backend: str = "auto",
+    ):
         super().__init__()
+        self.backend = backend
         self.fc1 = Linear(channels_in, hidden, initial_std)
         self.fc2 = Linear(hidden, channels_out, initial_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, backend=self.backend)
 
 
 class RotaryEmbedding(nn.Module):

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -28,6 +29,8 @@ from stdit_fast.model.embeddings import (
     ScalarEmbedder,
     position_embedding,
 )
+from stdit_fast.model.graphs import BlockGraphs
+from stdit_fast.model.memory import blocks_to_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -41,65 +44,55 @@ class RMSNormWeight(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Parameters of one self-attention, and its projections around an attention op."""
+    """Parameters of one self-attention; the block calls the ops."""
 
     def __init__(self, config: STDiT2Config, proj_std: float | None = None):
         super().__init__()
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.qkv = Linear(config.hidden_size, 3 * config.hidden_size)
         self.q_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
         self.k_norm = RMSNormWeight(self.head_dim) if config.qk_norm else None
         self.proj = Linear(config.hidden_size, config.hidden_size, proj_std)
 
-    def project_in(self, u: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, T, S, C] to (qkv [B, T, S, 3, H, D], weight of q's norm, weight of k's norm)."""
-        qkv = self.qkv(u).unflatten(-1, (3, self.heads, self.head_dim))
-        if self.q_norm is None:
-            return qkv, None, None
-        return qkv, self.q_norm.weight, self.k_norm.weight
+
+def norm_weights(attn: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the norms of an attention's q and k, None where it has none."""
+    return getattr(attn.q_norm, "weight", None), getattr(attn.k_norm, "weight", None)
 
 
 class CrossAttention(nn.Module):
-    """Attention of the video tokens over packed text."""
+    """Parameters of the video tokens' attention over packed text."""
 
     def __init__(self, config: STDiT2Config):
         super().__init__()
-        self.heads, self.head_dim = config.num_heads, config.head_dim
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.q_linear = Linear(config.hidden_size, config.hidden_size)
         self.kv_linear = Linear(config.hidden_size, 2 * config.hidden_size)
         self.proj = Linear(config.hidden_size, config.hidden_size, initial_std=0)
-
-    def forward(self, x: Tensor, text: Tensor, layout: ops.TextLayout) -> Tensor:
-        q = self.q_linear(x).flatten(1, 2).unflatten(-1, (self.heads, self.head_dim))
-        kv = self.kv_linear(text).unflatten(-1, (2, self.heads, self.head_dim))
-        return self.proj(ops.cross_attention(q, kv, layout)).view_as(x)
 
 
 class Conditioning(NamedTuple):
     """What all blocks share.
 
     Attributes:
-        spatial: [B, 1 or T, 6, C] shift, scale, gate of the spatial attention, then of the MLP.
-        temporal: [B, 1 or T, 3, C] shift, scale, gate of the temporal attention.
-        text: [M, C] packed text.
-        layout: of that text.
-        freqs: [D/2] rotary angles a frame.
+        layout: of the packed text.
+        rotation: [T, 2, D/2] of the temporal attention, see `ops.rotation_table`.
     """
 
-    spatial: Tensor
-    temporal: Tensor
-    text: Tensor
     layout: ops.TextLayout
-    freqs: Tensor
+    rotation: Tensor
 
 
 class STDiT2Block(nn.Module):
-    """Spatial attention, temporal attention, cross attention, MLP, each on the residual stream."""
+    """Spatial attention, temporal attention, cross attention, MLP, each on the residual stream.
+
+    The output of a block's MLP is added to the residual stream by the op that the next block begins with.
+    """
 
     def __init__(self, config: STDiT2Config):
         super().__init__()
         channels = config.hidden_size
-        self.rotate_first = config.qk_norm_legacy
+        self.rotate_first, self.backend = config.qk_norm_legacy, config.backend
         self.attn = SelfAttention(config)
         self.attn_temp = SelfAttention(config, proj_std=0)
         self.cross_attn = CrossAttention(config)
@@ -107,20 +100,59 @@ class STDiT2Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(6, channels))
         self.scale_shift_table_temporal = nn.Parameter(torch.empty(3, channels))
 
-    def forward(self, x: Tensor, cond: Conditioning) -> Tensor:
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (self.scale_shift_table + cond.spatial).unbind(2)
-        temp_shift, temp_scale, temp_gate = (self.scale_shift_table_temporal + cond.temporal).unbind(2)
+    def forward(
+        self, x: Tensor, branch: ops.Branch | None, modulation: Tensor, kv: Tensor, cond: Conditioning
+    ) -> tuple[Tensor, ops.Branch]:
+        """One block.
 
-        qkv, q_weight, k_weight = self.attn.project_in(ops.layer_norm_modulate(x, shift, scale))
-        x = ops.gate_residual(x, self.attn.proj(ops.spatial_attention(qkv, q_weight, k_weight)), gate)
+        Args:
+            x: [B, T, S, C], the residual stream.
+            branch: what the block before has left to be added to it.
+            modulation: [B, 1 or T, 9, C]: shift, scale, gate of the spatial attention, of the MLP, of the temporal
+                attention, tables added.
+            kv: [M, 2, H, D], keys and values of the packed text.
 
-        qkv, q_weight, k_weight = self.attn_temp.project_in(ops.layer_norm_modulate(x, temp_shift, temp_scale))
-        o = ops.temporal_attention(qkv, q_weight, k_weight, cond.freqs, rotate_first=self.rotate_first)
-        x = ops.gate_residual(x, self.attn_temp.proj(o), temp_gate)
+        Returns:
+            The residual stream and what is left to be added to it.
+        """
+        backend, attn, cross, mlp = self.backend, self.attn, self.cross_attn, self.mlp
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, temp_shift, temp_scale, temp_gate = modulation.unbind(2)
 
-        x = x + self.cross_attn(x, cond.text, cond.layout)
+        x, qkv = ops.modulated_linear(x, branch, shift, scale, attn.qkv.weight, attn.qkv.bias, backend=backend)
+        o = ops.spatial_attention(_split_heads(qkv, attn), *norm_weights(attn), backend=backend)
+        branch = ops.Branch(F.linear(o, attn.proj.weight), gate, attn.proj.bias)
 
-        return ops.gate_residual(x, self.mlp(ops.layer_norm_modulate(x, mlp_shift, mlp_scale)), mlp_gate)
+        x, o = self._temporal(x, branch, temp_shift, temp_scale, cond.rotation)
+        branch = ops.Branch(F.linear(o, self.attn_temp.proj.weight), temp_gate, self.attn_temp.proj.bias)
+
+        x, q = ops.gate_residual_linear(x, branch, cross.q_linear.weight, cross.q_linear.bias, backend=backend)
+        q = q.flatten(1, 2).unflatten(-1, (cross.num_heads, cross.head_dim))
+        o = ops.cross_attention(q, kv, cond.layout, backend=backend).view_as(x)
+        branch = ops.Branch(F.linear(o, cross.proj.weight), None, cross.proj.bias)
+
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
+        x, o = ops.modulated_mlp(x, branch, mlp_shift, mlp_scale, *weights, backend=backend)
+        return x, ops.Branch(o, mlp_gate, mlp.fc2.bias)
+
+    def _temporal(
+        self, x: Tensor, branch: ops.Branch, shift: Tensor, scale: Tensor, rotation: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream, and the temporal attention's output before its projection."""
+        attn, backend = self.attn_temp, self.backend
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        if x.shape[1] == 1 and ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
+            # The one frame of an image attends to itself: its value is the result, whatever q and k are.
+            values = slice(2 * x.shape[-1], None)
+            x, o = ops.modulated_linear(x, branch, shift, scale, weight[values], bias[values], backend=backend)
+            return x, ops.without_gradient(o, *norm_weights(attn))
+        x, qkv = ops.modulated_linear(x, branch, shift, scale, weight, bias, backend=backend)
+        options = {"rotate_first": self.rotate_first, "backend": backend}
+        return x, ops.temporal_attention(_split_heads(qkv, attn), *norm_weights(attn), rotation, **options)
+
+
+def _split_heads(qkv: Tensor, attn: nn.Module) -> Tensor:
+    """[B, T, S, 3*C] to [B, T, S, 3, H, D]."""
+    return qkv.unflatten(-1, (3, attn.num_heads, attn.head_dim))
 
 
 class FinalLayer(nn.Module):
@@ -129,21 +161,30 @@ class FinalLayer(nn.Module):
     def __init__(self, config: STDiT2Config):
         super().__init__()
         patch = config.patch_size[1] * config.patch_size[2]
+        self.backend = config.backend
         self.linear = Linear(config.hidden_size, patch * config.out_channels, initial_std=0)
         self.scale_shift_table = nn.Parameter(torch.empty(2, config.hidden_size))
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        """x [B, T, S, C], cond [B, 1 or T, C] to [B, T, S, p*q*C_out]."""
-        return self.linear(self._modulate(x, cond))
+    def forward(self, x: Tensor, branch: ops.Branch, cond: Tensor) -> Tensor:
+        """x [B, T, S, C] with what is left to be added, cond [B, 1 or T, C] to [B, T, S, p*q*C_out]."""
+        return self.linear(self._norm(x, branch, cond))
 
-    def forward_legacy(self, x: Tensor, cond: Tensor, cond_zero: Tensor, x_mask: Tensor) -> Tensor:
+    def forward_legacy(
+        self, x: Tensor, branch: ops.Branch | None, cond: Tensor, cond_zero: Tensor, x_mask: Tensor
+    ) -> Tensor:
         """Open-Sora 1.1 under an x_mask: condition frames are normalised and modulated twice."""
-        z = self._modulate(x, cond)
-        return self.linear(torch.where(x_mask[:, :, None, None], z, self._modulate(z, cond_zero)))
+        z = self._norm(x, branch, cond)
+        return self.linear(torch.where(x_mask[:, :, None, None], z, self._norm(z, None, cond_zero)))
 
-    def _modulate(self, x: Tensor, cond: Tensor) -> Tensor:
+    def _norm(self, x: Tensor, branch: ops.Branch | None, cond: Tensor) -> Tensor:
+        modulation = self._modulation(cond)
+        if branch is None:
+            return ops.layer_norm_modulate(x, *modulation, backend=self.backend)
+        return ops.gate_residual_layer_norm_modulate(x, branch, *modulation, backend=self.backend)[1]
+
+    def _modulation(self, cond: Tensor) -> tuple[Tensor, Tensor]:
         shift, scale = (self.scale_shift_table + cond.unsqueeze(2)).unbind(2)
-        return ops.layer_norm_modulate(x, shift, scale)
+        return shift, scale
 
 
 class PatchEmbed(nn.Module):
@@ -152,10 +193,11 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: STDiT2Config):
         super().__init__()
         patch = tuple(config.patch_size)
+        self.backend = config.backend
         self.proj = nn.Conv3d(config.in_channels, config.hidden_size, kernel_size=patch, stride=patch)
 
     def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        return ops.patch_embed(x, self.proj.weight, self.proj.bias, position)
+        return ops.patch_embed(x, self.proj.weight, self.proj.bias, position, backend=self.backend)
 
 
 class STDiT2(PreTrainedModel):
@@ -178,7 +220,7 @@ class STDiT2(PreTrainedModel):
         self.t_embedder = ScalarEmbedder(channels, initial_std=0.02)
         self.t_block = nn.Sequential(nn.SiLU(), Linear(channels, 6 * channels, initial_std=0.02))
         self.t_block_temp = nn.Sequential(nn.SiLU(), Linear(channels, 3 * channels, initial_std=0.02))
-        self.y_embedder = CaptionEmbedder(config.caption_channels, channels, config.model_max_length)
+        self.y_embedder = CaptionEmbedder(config.caption_channels, channels, config.model_max_length, config.backend)
         self.blocks = nn.ModuleList(STDiT2Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config)
         self.csize_embedder = ScalarEmbedder(channels // 3)
@@ -186,7 +228,11 @@ class STDiT2(PreTrainedModel):
         self.fl_embedder = ScalarEmbedder(channels)
         self.fps_embedder = ScalarEmbedder(channels)
         self.rope = RotaryEmbedding(config.head_dim)
-        self.checkpointed_blocks = 0
+        self.checkpointed_blocks: int | str = 0
+        self.memory_reserve: int | None = None
+        self.last_checkpointed = 0
+        self.graphs: BlockGraphs | None = None
+        self.last_graphed = False
         self.post_init()
 
     # ---------------------------------------------------------------- forward
@@ -237,25 +283,63 @@ class STDiT2(PreTrainedModel):
             x_mask = x_mask.to(x.device) != 0
         t = self.t_embedder(timestep)
         t_zero = None if x_mask is None else self.t_embedder(torch.zeros_like(timestep))
-        cond = Conditioning(
-            self._per_frame(self.t_block, t, t_zero, size, x_mask).unflatten(-1, (6, -1)),
-            self._per_frame(self.t_block_temp, t, t_zero, length, x_mask).unflatten(-1, (3, -1)),
-            *self._embed_text(y, mask, drop_caption),
-            self.rope.freqs,
-        )
-        for i, block in enumerate(self.blocks):
-            if i < self.checkpointed_blocks and torch.is_grad_enabled():
-                # No block draws random numbers, so their state need not be kept.
-                tokens = checkpoint(block, tokens, cond, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, cond)
+        spatial = self._per_frame(self.t_block, t, t_zero, size, x_mask)
+        temporal = self._per_frame(self.t_block_temp, t, t_zero, length, x_mask)
+        text, layout = self._embed_text(y, mask, drop_caption)
+        rotation = ops.rotation_table(self.rope.freqs, x.shape[2])
+        modulation = torch.cat((spatial, temporal), dim=-1)
+        graph = self._graph(tokens, modulation, layout)
+        self.last_graphed = graph is not None
+        if graph is not None:
+            tokens, branch = self.graphs.run(graph, tokens, modulation, text, layout, rotation)
+        else:
+            tokens, branch = self._run_blocks(tokens, modulation, text, layout, rotation)
 
         if x_mask is not None and self.config.final_layer_legacy:
-            tokens = self.final_layer.forward_legacy(tokens, t[:, None], (t_zero + size)[:, None], x_mask)
+            tokens = self.final_layer.forward_legacy(tokens, branch, t[:, None], (t_zero + size)[:, None], x_mask)
         else:
-            tokens = self.final_layer(tokens, _select_frames(t, t_zero, x_mask))
+            tokens = self.final_layer(tokens, branch, _select_frames(t, t_zero, x_mask))
         out = self._unpatchify(tokens, rows, columns)[..., : x.shape[3], : x.shape[4]]
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def _run_blocks(
+        self, x: Tensor, modulation: Tensor, text: Tensor, layout: ops.TextLayout, rotation: Tensor
+    ) -> tuple[Tensor, ops.Branch]:
+        """All blocks, the first of them under checkpointing: the residual stream and what is left to be added.
+
+        Args:
+            x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C].
+        """
+        cond = Conditioning(layout, rotation)
+        # What depends on no block's x is made for all blocks at once: modulation [depth, B, 1 or T, 9, C], and the
+        # text's keys and values [M, depth, 2, H, D] by one GEMM.
+        tables = torch.cat([t for b in self.blocks for t in (b.scale_shift_table, b.scale_shift_table_temporal)])
+        tables = tables.view(len(self.blocks), 1, 1, 9, -1)
+        modulations = (tables + modulation.unflatten(-1, (9, -1))).unbind(0)
+        linears = [block.cross_attn.kv_linear for block in self.blocks]
+        kv = F.linear(text, torch.cat([linear.weight for linear in linears]), torch.cat([li.bias for li in linears]))
+        heads = (len(linears), 2, self.config.num_heads, self.config.head_dim)
+        kvs = kv.unflatten(-1, heads).unbind(1)
+
+        branch = None
+        checkpointed = self.last_checkpointed = self._count_checkpointed(x) if torch.is_grad_enabled() else 0
+        for i, (block, *args) in enumerate(zip(self.blocks, modulations, kvs, strict=True)):
+            if i < checkpointed:
+                # No block draws random numbers, so their state need not be kept. The branch goes in as it is: added
+                # here it would be one tensor less to keep, by another kernel, whose last bits may differ.
+                x, branch = checkpoint(block, x, branch, *args, cond, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, branch = block(x, branch, *args, cond)
+        return x, branch
+
+    def _graph(self, x: Tensor, modulation: Tensor, layout: ops.TextLayout):
+        """The CUDA graph that runs the blocks on this batch, if there is one."""
+        wanted = self.graphs is not None and self.training and torch.is_grad_enabled()
+        if not wanted or torch.compiler.is_compiling() or self._count_checkpointed(x):
+            return None
+        if not ops.use_kernel("modulated_linear", self.config.backend, x, x.shape[-1]):
+            return None
+        return self.graphs.find(x, modulation, layout, self.config.model_max_length)
 
     @staticmethod
     def _per_frame(block: nn.Module, t: Tensor, t_zero: Tensor | None, extra: Tensor, x_mask: Tensor | None) -> Tensor:
@@ -297,13 +381,37 @@ class STDiT2(PreTrainedModel):
 
     # --------------------------------------------------------- checkpointing
 
-    def set_checkpointing(self, blocks: str | int) -> None:
-        """Recomputes the first `blocks` blocks in the backward pass: "off", "all" or a number."""
-        counts = {"off": 0, "all": len(self.blocks)}
+    def set_checkpointing(self, blocks: str | int, reserve: int | None = None) -> None:
+        """Recomputes the first blocks in the backward pass instead of keeping what it needs of them.
+
+        Args:
+            blocks: "off", "all", a number of blocks, or "auto": as many as each batch needs to fit into the GPU's
+                memory (`stdit_fast.model.memory`); on the CPU none. Gradients do not depend on it.
+            reserve: with "auto", bytes that training needs beside parameters and activations; None: gradients,
+                a sharded optimizer and the average as `train` holds them (`memory.training_reserve`).
+
+        Raises:
+            ConfigError: anything else.
+        """
+        counts = {"off": 0, "all": len(self.blocks), "auto": "auto"}
         count = counts.get(blocks, blocks)
-        if not isinstance(count, int) or not 0 <= count <= len(self.blocks):
-            raise ConfigError("checkpointing", blocks, f'use "off", "all" or a number from 0 to {len(self.blocks)}')
-        self.checkpointed_blocks = count
+        if count != "auto" and (not isinstance(count, int) or not 0 <= count <= len(self.blocks)):
+            remedy = f'use "off", "all", "auto" or a number from 0 to {len(self.blocks)}'
+            raise ConfigError("checkpointing", blocks, remedy)
+        self.checkpointed_blocks, self.memory_reserve = count, reserve
+
+    def set_cuda_graphs(self, wanted: bool) -> None:
+        """In training on a GPU, runs small buckets as CUDA graphs (`stdit_fast.model.graphs`).
+
+        Results are the same. Each backward pass has to run before the next forward pass. Buckets that recompute blocks
+        run as usual, and so do the first steps of each.
+        """
+        self.graphs = BlockGraphs(self) if wanted else None
+
+    def _count_checkpointed(self, tokens: Tensor) -> int:
+        if self.checkpointed_blocks != "auto":
+            return self.checkpointed_blocks
+        return blocks_to_checkpoint(self, tokens, self.memory_reserve)
 
     # ------------------------------------------------------- initial values
 

@@ -1,0 +1,79 @@
+"""How many blocks a batch has to recompute to fit into the GPU's memory: `set_checkpointing("auto")`."""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from stdit_fast.ops import use_kernel
+
+# What a block keeps for its backward pass, in units of one value per token and channel: the residual stream three
+# times, q, k, v and output of both attentions, q and output of cross attention, the outputs of three projections,
+# and the hidden values of the MLP, mlp_ratio times.
+_KEPT_UNITS = 3 + 4 + 4 + 2 + 3
+# Plain PyTorch keeps much more; measured, in the same units.
+_KEPT_UNITS_REFERENCE = 45
+# At the peak one block's backward pass has its gradients beside what was kept.
+_WORK_UNITS = 24
+# The allocator cannot use every byte: blocks of many sizes come and go.
+_FRAGMENTATION = 0.04
+_FIXED = 1 << 30  # libraries' workspaces, the text's keys and values, latents
+
+
+def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, reserve: int | None) -> int:
+    """The number of blocks that must be recomputed so that the step fits; 0 on the CPU.
+
+    Args:
+        model: with `blocks` and `config`.
+        tokens: [B, T, S, C], the input of the first block.
+        reserve: see `STDiT2.set_checkpointing`.
+    """
+    if not tokens.is_cuda:
+        return 0
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    if reserve is None:
+        reserve = training_reserve(model)
+    # What is there already counts as it is; what training has yet to allocate (before its first step) as planned.
+    held = max(torch.cuda.memory_allocated(tokens.device), parameters + reserve)
+    if getattr(model, "graphs", None) is not None:
+        held += model.graphs.pool_bytes
+    budget = (1 - _FRAGMENTATION) * memory_limit(tokens.device.index) - held - _FIXED
+    unit = tokens.numel() * tokens.element_size()
+    return blocks_for_budget(budget, unit, len(model.blocks), kept_units(model.config, tokens))
+
+
+def blocks_for_budget(budget: float, unit: int, blocks: int, kept: float) -> int:
+    """The fewest of `blocks` to recompute, where each of the others keeps `kept` units and each of these two.
+
+    Args:
+        budget: bytes for activations; `unit`: bytes of one value per token and channel.
+    """
+    for count in range(blocks + 1):
+        recomputed = kept if count else 0  # the one whose backward pass is running
+        need = unit * ((blocks - count) * kept + 2 * count + recomputed + _WORK_UNITS)
+        if need <= budget:
+            return count
+    return blocks
+
+
+def kept_units(config, tokens: Tensor) -> float:
+    """Units that one block keeps for its backward pass."""
+    if not use_kernel("modulated_linear", config.backend, tokens, config.hidden_size):
+        return _KEPT_UNITS_REFERENCE
+    return _KEPT_UNITS + config.mlp_ratio
+
+
+def training_reserve(model: nn.Module) -> int:
+    """Bytes of gradients, AdamW's states with float32 masters, and the average, the last two sharded over all ranks."""
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return gradients + count * (4 + 4 + 4 + 4) // ranks
+
+
+@lru_cache
+def memory_limit(device: int) -> int:
+    """Bytes that this process can have: the device's, less what others hold, at most its allowed fraction."""
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    return min(free + ours, int(total * torch.cuda.get_per_process_memory_fraction(device)))

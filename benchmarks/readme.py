@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+IMPLEMENTATIONS = ("reference", "compile", "fused")
 BEGIN, END = "<!-- {name}: made by python -m stdit_fast.benchmarks.readme -->", "<!-- end of {name} -->"
 
 
@@ -20,18 +21,48 @@ def latest(path: Path) -> dict[tuple[str, str, str], dict]:
 def step_table(path: Path) -> str:
     """Markdown: a row for each case of the step suite and each implementation."""
     rows = ["| case | implementation | ms (low to high) | TFLOP/s | peak GiB |", "| --- | --- | --- | --- | --- |"]
-    for (_, case, impl), r in latest(path).items():
+    records = list(latest(path).values())
+    cases = list(dict.fromkeys(r["case"] for r in records))
+    for r in sorted(records, key=lambda r: (cases.index(r["case"]), IMPLEMENTATIONS.index(r["impl"]))):
         rate = r["flops"] / r["ms"] / 1e9
-        label = case if r["notes"].get("checkpointing", "off") == "off" else f"{case}, checkpointing"
         spread = f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})"
-        rows.append(f"| {label} | {impl} | {spread} | {rate:.0f} | {r['peak_gib']:.1f} |")
-    machine = f"{r['device']}, PyTorch {r['versions']['torch']}, {r['date']}."
-    return "\n".join([*rows, "", machine, "", f"`{r['command'].split(' --cases')[0]}`"])
+        peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
+        rows.append(f"| {r['case']}{_checkpointing(r['notes'])} | {r['impl']} | {spread} | {rate:.0f} | {peak} |")
+    return "\n".join([*rows, "", _machine(records[-1]), "", "`python -m stdit_fast.benchmarks.step`"])
+
+
+def _checkpointing(notes: dict) -> str:
+    kind = notes.get("checkpointing", "off")
+    if kind == "off":
+        return ""
+    return f", {notes['checkpointed_blocks']} blocks recomputed" if kind == "auto" else ", all blocks recomputed"
+
+
+def ops_table(path: Path) -> str:
+    """Markdown: a row for each op and direction, ours beside plain PyTorch."""
+    rows = [
+        "| op, samples x frames x positions | plain ms | fused ms | of copy bandwidth |",
+        "| --- | --- | --- | --- |",
+    ]
+    records = latest(path)
+    for (suite, case, impl), fused in records.items():
+        if impl == "fused":
+            plain = records[suite, case, "reference"]
+            share = fused["notes"]["share_of_copy"]
+            rows.append(f"| {case} | {plain['ms']:.3f} | {fused['ms']:.3f} | {share:.0%} |")
+    some = next(iter(records.values()))
+    bandwidth = f"a device copy reads and writes {some['notes']['copy_bytes_per_s'] / 1e12:.2f} TB/s."
+    return "\n".join([*rows, "", f"{_machine(some)[:-1]}; {bandwidth}", "", "`python -m stdit_fast.benchmarks.ops`"])
+
+
+def _machine(record: dict) -> str:
+    return f"{record['device']}, PyTorch {record['versions']['torch']}, {record['date']}."
 
 
 def tables() -> dict[str, str]:
     """Every generated part of the README by its name."""
-    return {"step h200": step_table(ROOT / "benchmarks" / "results" / "h200" / "step.jsonl")}
+    results = ROOT / "benchmarks" / "results" / "h200"
+    return {"step h200": step_table(results / "step.jsonl"), "ops h200": ops_table(results / "ops.jsonl")}
 
 
 def filled(text: str) -> str:

@@ -1,8 +1,9 @@
 """The transformer's training step, forward and backward, without optimizer: suite "step".
 
-    python -m stdit_fast.benchmarks.step --cases 144p-16-6 256-1-24 --impl reference compile --out step.jsonl
+    python -m stdit_fast.benchmarks.step --cases 144p-16-6 256-1-24 --out step.jsonl
 
-A case is resolution-frames-batch. The model is XL/2 in bfloat16 with an x_mask, as in training.
+A case is resolution-frames-batch. The model is XL/2 in bfloat16 with an x_mask, as in training. "reference" is plain
+PyTorch, "compile" the same with each block under torch.compile, "fused" our kernels.
 """
 
 import argparse
@@ -16,8 +17,9 @@ from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
 from stdit_fast.train.buckets import Buckets
 
-IMPLEMENTATIONS = ("reference", "compile")
+IMPLEMENTATIONS = ("reference", "compile", "fused")
 TOKENS_OF_TEXT = 200
+WARMUP = 5  # steps, after which everything is compiled and captured
 COLUMNS = f"{'case':<14}{'impl':<12}{'tokens':>8}{'ms':>9}{'low':>9}{'high':>9}{'TFLOP/s':>9}{'GiB':>8}"
 
 
@@ -71,8 +73,8 @@ def measure(model: STDiT2, inputs: dict, repeats: int) -> tuple[list[float], flo
     on_gpu = inputs["x"].is_cuda
     out_grad = None
     times = []
-    for i in range(repeats + 3):  # three to warm up
-        if i == 3 and on_gpu:
+    for i in range(repeats + WARMUP):
+        if i == WARMUP and on_gpu:
             torch.cuda.reset_peak_memory_stats()
         model.zero_grad(set_to_none=True)
         _wait(on_gpu)
@@ -82,7 +84,7 @@ def measure(model: STDiT2, inputs: dict, repeats: int) -> tuple[list[float], flo
         out.backward(out_grad)
         _wait(on_gpu)
         times.append(1000 * (time.perf_counter() - started))
-    return times[3:], torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
+    return times[WARMUP:], torch.cuda.max_memory_allocated() / 2**30 if on_gpu else float("nan")
 
 
 def _wait(on_gpu: bool) -> None:
@@ -95,46 +97,106 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=["144p-16-6"])
     parser.add_argument("--impl", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--depth", type=int, default=28)
-    parser.add_argument("--checkpointing", default="off", choices=("off", "all"))
+    parser.add_argument("--checkpointing", default="off", help="off, all, auto or a number of blocks")
+    parser.add_argument("--no-graphs", action="store_true", help="run small buckets of ours without CUDA graphs too")
+    parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--profile", help="write the kernels' times of one step of each case to this file")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = STDiT2Config(depth=args.depth, backend="reference")
+    if args.memory_gib:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * 2**30 / total))
+    print(COLUMNS)
+    for impl in args.impl:
+        model = build(impl, args.depth, device)
+        checkpointing = args.checkpointing
+        model.set_cuda_graphs(impl == "fused" and not args.no_graphs)
+        model.set_checkpointing(int(checkpointing) if checkpointing.isdigit() else checkpointing)
+        for case in args.cases:
+            run_case(model, case, impl, args)
+        del model
+        torch.compiler.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return 0
+
+
+def build(impl: str, depth: int, device: str) -> STDiT2:
+    """The model as an implementation has it."""
+    config = STDiT2Config(depth=depth, backend="fused" if impl == "fused" else "reference")
+    torch.manual_seed(0)
     with torch.device(device):
         model = STDiT2(config).to(torch.bfloat16).train()
     for p in model.parameters():  # zero-initialised layers would be timed on zeros
         if p.count_nonzero() == 0:
             torch.nn.init.normal_(p, std=0.02)
-    model.set_checkpointing(args.checkpointing)
-    print(COLUMNS)
-    for case in args.cases:
-        frames, height, width, batch = parse_case(case)
-        inputs = make_inputs(config, frames, height, width, batch, device)
-        positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
-        for impl in args.impl:
-            torch.compiler.reset()
-            blocks = list(model.blocks)
-            if impl == "compile":
-                model.blocks = torch.nn.ModuleList(torch.compile(block) for block in blocks)
-            try:
-                times, peak = measure(model, inputs, args.repeats)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                print(f"{case:<14}{impl:<12}{batch * frames * positions:>8}  out of memory")
-                continue
-            finally:
-                model.blocks = torch.nn.ModuleList(blocks)
-            flops = step_flops(config, batch, frames, positions)
-            record = Record.of_times("step", case, impl, times, flops=flops, peak_gib=round(peak, 2))
-            record.notes = {"checkpointing": args.checkpointing, "depth": args.depth}
-            if args.out:
-                append(args.out, [record])
-            rate = flops / record.ms / 1e9
-            print(f"{case:<14}{impl:<12}{batch * frames * positions:>8}{record.ms:>9.1f}{record.ms_low:>9.1f}"
-                  f"{record.ms_high:>9.1f}{rate:>9.0f}{peak:>8.1f}")  # fmt: skip
-    return 0
+    if impl == "compile":
+        model.blocks = torch.nn.ModuleList(torch.compile(block) for block in model.blocks)
+    return model
+
+
+def run_case(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -> None:
+    """Measures one case, prints its line and appends its record."""
+    device = next(model.parameters()).device.type
+    frames, height, width, batch = parse_case(case)
+    inputs = make_inputs(model.config, frames, height, width, batch, device)
+    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
+    tokens = batch * frames * positions
+    if impl == "compile":
+        torch.compiler.reset()  # each size is compiled for itself
+    try:
+        times, peak = measure(model, inputs, args.repeats)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        print(f"{case:<14}{impl:<12}{tokens:>8}  out of memory", flush=True)
+        return
+    if model.graphs is not None:
+        peak += model.graphs.pool_bytes / 2**30  # what the graphs' own memory holds does not count as allocated
+    flops = step_flops(model.config, batch, frames, positions)
+    record = Record.of_times("step", case, impl, times, flops=flops, peak_gib=round(peak, 2))
+    record.notes = {"checkpointing": args.checkpointing, "depth": args.depth}
+    if impl == "fused":
+        record.notes["cuda_graph"] = model.last_graphed
+    if args.checkpointing == "auto":
+        record.notes["checkpointed_blocks"] = model.last_checkpointed
+    if args.memory_gib:
+        record.notes["memory_gib"] = args.memory_gib
+    if args.out:
+        append(args.out, [record])
+    rate = flops / record.ms / 1e9
+    print(f"{case:<14}{impl:<12}{tokens:>8}{record.ms:>9.1f}{record.ms_low:>9.1f}"
+          f"{record.ms_high:>9.1f}{rate:>9.0f}{peak:>8.1f}", flush=True)  # fmt: skip
+    if args.profile:
+        write_profile(model, inputs, args.profile, case, impl)
+
+
+def write_profile(model: STDiT2, inputs: dict, path: str, case: str, impl: str) -> None:
+    """Appends a table of the kernels of one step, and how long the CPU took to launch them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        out = model(**inputs)
+        out.backward(torch.randn_like(out))
+        torch.cuda.synchronize()
+    model.zero_grad(set_to_none=True)
+    _wait(True)
+    started = time.perf_counter()
+    out = model(**inputs)
+    out.backward(torch.randn_like(out))
+    launched = 1000 * (time.perf_counter() - started)
+    _wait(True)
+    total = 1000 * (time.perf_counter() - started)
+    kernels = [e for e in profiler.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    busy = sum(e.self_device_time_total for e in kernels) / 1000
+    lines = [f"== {case} {impl}: kernels {busy:.1f} ms, {sum(e.count for e in kernels)} launches; "
+             f"a step {total:.1f} ms, launched after {launched:.1f} ms"]  # fmt: skip
+    lines += [f"{e.self_device_time_total / 1000:9.2f} ms {e.count:6d}  {e.key[:130]}" for e in kernels[:45]]
+    with open(path, "a") as file:
+        file.write("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,10 +58,7 @@ def write_table(clips: Path, path: Path) -> None:
 def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
     """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl."""
     from diffusers import AutoencoderKL
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -71,15 +68,35 @@ def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
         sample_size=256,
     )
     vae.save_pretrained(folder / "vae")
+    random_t5(folder / "t5", d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    write_tokenizer(folder / "t5")
+    return folder / "vae", folder / "t5"
+
+
+def random_t5(folder: Path, **sizes: int) -> None:
+    """A T5 encoder of the given sizes with random weights, the same each time, in bfloat16."""
+    from transformers import T5Config, T5EncoderModel
+
     config = T5Config(
-        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, tie_word_embeddings=False,
+        vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+        tie_word_embeddings=False, **sizes,
     )  # fmt: skip
+    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(device):
-        T5EncoderModel(config).save_pretrained(folder / "t5")
-    torch.set_default_dtype(torch.float32)
-    torch.cuda.empty_cache()
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            T5EncoderModel(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A tokenizer of whole words that knows the clips' captions, of the size that T5's has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     words = sorted({word for texts in CAPTIONS.values() for text in texts.values() for word in text.split()})
     words = ["<pad>", "</s>", "<unk>", *words]
     words += [f"<unused {i}>" for i in range(T5_TOKENS - len(words))]
@@ -88,8 +105,7 @@ def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    fast.save_pretrained(folder / "t5")
-    return folder / "vae", folder / "t5"
+    fast.save_pretrained(folder)
 
 
 def summarise(metrics: Path) -> dict:

@@ -1,0 +1,204 @@
+"""Each fused op, forward and backward, beside plain PyTorch and its compiler: suite "ops". Needs a GPU.
+
+    python -m stdit_fast.benchmarks.ops --out ops.jsonl
+
+Bytes are those that the op must move (its docstring counts them); the share of the ceiling is of the bandwidth of a
+device copy, measured in the same run. Inputs are larger than the cache. Backward runs are timed without the forward,
+and nothing is timed with the CPU's launching.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stdit_fast import ops
+from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.ops.cross_attention import definition as cross_attention_definition
+from stdit_fast.ops.gate_residual import definition as gate_residual_definition
+from stdit_fast.ops.gate_residual_layer_norm_modulate import definition as joined_definition
+from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
+from stdit_fast.ops.mlp import gelu_op
+from stdit_fast.ops.spatial_attention import definition as spatial_attention_definition
+from stdit_fast.ops.temporal_attention import definition as temporal_attention_definition
+
+CHANNELS, HEADS, HEAD_DIM = 1152, 16, 72
+IMPLEMENTATIONS = ("reference", "compile", "fused")
+COLUMNS = f"{'case':<52}{'impl':<11}{'ms':>9}{'low':>9}{'high':>9}{'TB/s':>7}{'of copy':>9}"
+
+
+@dataclass
+class Case:
+    """One op on one input.
+
+    Attributes:
+        inputs: what gradients are taken of, by name.
+        fused, plain: functions of those.
+        units: reads and writes forward and backward, in values per token and channel.
+    """
+
+    name: str
+    tokens: int
+    inputs: dict[str, Tensor]
+    fused: Callable
+    plain: Callable
+    units: tuple[float, float]
+
+    def bytes(self, backward: bool) -> int:
+        return int(self.units[backward] * self.tokens * CHANNELS * 2)
+
+
+def randn(*shape: int, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(*shape, device="cuda")).bfloat16()
+
+
+def cases(batch: int, frames: int, positions: int) -> Iterator[Case]:
+    """The ops at one size."""
+    tokens = batch * frames * positions
+    shape, size = (batch, frames, positions, CHANNELS), f"{batch}x{frames}x{positions}"
+
+    def modulation() -> Tensor:
+        return randn(batch, frames, CHANNELS)
+
+    def joined(function, **options):
+        return lambda x, o, gate, bias, shift, scale: function(x, ops.Branch(o, gate, bias), shift, scale, **options)
+
+    yield Case(
+        f"layer_norm_modulate-{size}",
+        tokens,
+        dict(x=randn(*shape), shift=modulation(), scale=modulation()),
+        lambda **kw: ops.layer_norm_modulate(**kw, backend="fused"),
+        layer_norm_modulate_definition,
+        (2, 3),
+    )
+    yield Case(
+        f"gate_residual-{size}",
+        tokens,
+        dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(CHANNELS)),
+        lambda **kw: ops.gate_residual(**kw, backend="fused"),
+        gate_residual_definition,
+        (3, 3),
+    )
+    yield Case(
+        f"gate_residual_layer_norm_modulate-{size}",
+        tokens,
+        dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(CHANNELS))
+        | dict(shift=modulation(), scale=modulation()),
+        joined(ops.gate_residual_layer_norm_modulate, backend="fused"),
+        joined(joined_definition),
+        (4, 6),
+    )
+    yield Case(
+        f"gelu-{size}",
+        tokens,
+        dict(h=randn(tokens, 4 * CHANNELS), bias=randn(4 * CHANNELS)),
+        lambda h, bias: gelu_op(h, bias),
+        lambda h, bias: torch.nn.functional.gelu(h + bias, approximate="tanh"),
+        (8, 16),
+    )
+    qkv = dict(qkv=randn(*shape[:3], 3, HEADS, HEAD_DIM), q_weight=randn(HEAD_DIM), k_weight=randn(HEAD_DIM))
+    rotation = ops.rotation_table(10000 ** (-torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM), frames)
+    yield Case(
+        f"temporal_attention-{size}",
+        tokens,
+        qkv,
+        lambda **kw: ops.temporal_attention(**kw, rotation=rotation, backend="fused"),
+        lambda **kw: temporal_attention_definition(**kw, rotation=rotation, rotate_first=False, eps=1e-6),
+        (4, 7),
+    )
+    yield Case(
+        f"spatial_attention-{size}",
+        tokens,
+        qkv,
+        lambda **kw: ops.spatial_attention(**kw, backend="fused"),
+        lambda **kw: spatial_attention_definition(**kw, eps=1e-6),
+        (4, 8),
+    )
+    lengths = [1 + (37 * i) % 200 for i in range(batch)]
+    mask = torch.arange(200) < torch.tensor(lengths)[:, None]
+    layout = ops.text_layout(mask, batch, 200, torch.device("cuda"))
+    yield Case(
+        f"cross_attention-{size}",
+        tokens,
+        dict(q=randn(batch, frames * positions, HEADS, HEAD_DIM), kv=randn(sum(lengths), 2, HEADS, HEAD_DIM)),
+        lambda **kw: ops.cross_attention(**kw, layout=layout, backend="fused"),
+        lambda **kw: cross_attention_definition(**kw, layout=layout),
+        (2, 4),
+    )
+
+
+def quantiles(function: Callable, repeats: int = 30) -> list[float]:
+    """Median, fastest and slowest tenth of a function's time on the GPU, in milliseconds.
+
+    Before each run the cache is overwritten, often enough that the CPU has launched the whole run before the GPU
+    begins with it: how long launching takes is no part of the figure.
+    """
+    for _ in range(3):
+        function()
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(repeats):
+        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(25):
+            flush.zero_()
+        started.record()
+        function()
+        ended.record()
+        times.append((started, ended))
+    torch.cuda.synchronize()
+    times = sorted(started.elapsed_time(ended) for started, ended in times)
+    return [times[repeats // 2], times[repeats // 10], times[-repeats // 10 - 1]]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy within the device's memory reads and writes."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() * 4 / (quantiles(lambda: target.copy_(source))[0] / 1e3)
+
+
+def measure(case: Case, function: Callable) -> Iterator[tuple[str, list[float]]]:
+    """("forward" or "backward", times) of one implementation."""
+    inputs = {name: value.detach().requires_grad_() for name, value in case.inputs.items()}
+    with torch.no_grad():
+        yield "forward", quantiles(lambda: function(**inputs))
+    out = function(**inputs)
+    outs = out if isinstance(out, tuple) else (out,)
+    grads = [torch.randn_like(o) for o in outs]
+    yield "backward", quantiles(lambda: torch.autograd.grad(outs, list(inputs.values()), grads, retain_graph=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["32x16x144", "5x64x256"], help="samples x frames x positions")
+    parser.add_argument("--impl", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
+    parser.add_argument("--only", help="cases whose name holds this")
+    parser.add_argument("--out", help="results file to append to")
+    args = parser.parse_args()
+    ceiling = copy_bandwidth()
+    print(f"device copy {ceiling / 1e12:.2f} TB/s\n{COLUMNS}")
+    for size in args.sizes:
+        for case in cases(*map(int, size.split("x"))):
+            if args.only and args.only not in case.name:
+                continue
+            for impl in args.impl:
+                torch.compiler.reset()
+                plain = torch.compile(case.plain) if impl == "compile" else case.plain
+                for direction, times in measure(case, case.fused if impl == "fused" else plain):
+                    moved = case.bytes(direction == "backward")
+                    rate = moved / times[0] * 1e3
+                    name = f"{case.name}-{direction}"
+                    notes = {"share_of_copy": round(rate / ceiling, 3), "copy_bytes_per_s": ceiling}
+                    if args.out:
+                        append(args.out, [Record("ops", name, impl, *times, bytes=moved, notes=notes)])
+                    print(f"{name:<52}{impl:<11}{times[0]:>9.3f}{times[1]:>9.3f}{times[2]:>9.3f}"
+                          f"{rate / 1e12:>7.2f}{rate / ceiling:>9.0%}", flush=True)  # fmt: skip
+            torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

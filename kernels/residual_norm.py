@@ -118,8 +118,9 @@ def backward(
 ) -> Gradients:
     """The gradients from those of x_new and of u; either may be None.
 
-    Without a norm (scale None), du is a second gradient of x_new. `remake_u` also returns u, which the gradient of
-    a weight behind it needs, and which is cheaper to make again in this pass than to keep.
+    o is read where there is a gate, for its gradient. Without a norm (scale None), du is a second gradient of x_new.
+    `remake_u` also returns u, which the gradient of a weight behind it needs, and which is cheaper to make again in
+    this pass than to keep.
     """
     like = du if du is not None else dx_new
     channels = like.shape[-1]
@@ -131,7 +132,7 @@ def backward(
     has_dx = has_norm or (du is not None and dx_new is not None)
     dx = torch.empty_like(like) if has_dx else None
     # Without a gate the branch's gradient is x's.
-    d_o = torch.empty_like(like) if o is not None and gate is not None else None
+    d_o = torch.empty_like(like) if gate is not None else None
     u = torch.empty_like(like) if remake_u else None
     programs = groups * plan.chunks
     modulations = 2 * has_norm + (gate is not None)
@@ -143,7 +144,7 @@ def backward(
             dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
             plan.group_size, plan.chunks, _row_stride(gate), _row_stride(shift), _row_stride(scale),
             C=channels, FIRST=first, REST=rest, ROWS=plan.rows, TILES=plan.tiles,
-            HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None, HAS_BRANCH=o is not None,
+            HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None,
             HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm, WRITE_DX=has_dx, REMAKE_U=remake_u,
             num_warps=plan.warps, maxnreg=TUNING.get("backward_registers", 128),
         )  # fmt: skip
@@ -307,13 +308,13 @@ def _residual_norm_backward(
     dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
     group_size, chunks, gate_stride, shift_stride, scale_stride,
     C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
-    HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, WRITE_DX: tl.constexpr, REMAKE_U: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = (program // chunks).to(tl.int64)
     first_row = (program % chunks) * (TILES * ROWS)
-    dtype = dx.dtype.element_ty if WRITE_DX else o.dtype.element_ty
+    dtype = du.dtype.element_ty if HAS_DU else dx_new.dtype.element_ty
     a = tl.arange(0, FIRST)
     a_in = a < C
     if REST > 0:
@@ -399,19 +400,18 @@ def _residual_norm_backward(
             tl.store(dx + at_a, dx_a.to(dtype), mask=mask_a)
             if REST > 0:
                 tl.store(dx + at_b, dx_b.to(dtype), mask=mask_b)
-        if HAS_BRANCH:
-            if HAS_BIAS:
-                dsum_a += dx_a
-                if REST > 0:
-                    dsum_b += dx_b
-            if HAS_GATE:
-                o_a = _tile(o, at_a, mask_a)
-                dgate_a += dx_a * o_a
-                tl.store(d_o + at_a, (dx_a * gate_a).to(dtype), mask=mask_a)
-                if REST > 0:
-                    o_b = _tile(o, at_b, mask_b)
-                    dgate_b += dx_b * o_b
-                    tl.store(d_o + at_b, (dx_b * gate_b).to(dtype), mask=mask_b)
+        if HAS_BIAS:
+            dsum_a += dx_a
+            if REST > 0:
+                dsum_b += dx_b
+        if HAS_GATE:
+            o_a = _tile(o, at_a, mask_a)
+            dgate_a += dx_a * o_a
+            tl.store(d_o + at_a, (dx_a * gate_a).to(dtype), mask=mask_a)
+            if REST > 0:
+                o_b = _tile(o, at_b, mask_b)
+                dgate_b += dx_b * o_b
+                tl.store(d_o + at_b, (dx_b * gate_b).to(dtype), mask=mask_b)
 
     # partials [kind, program, C]: shift, scale, gate, bias, those that are there.
     programs = tl.num_programs(0).to(tl.int64)

@@ -134,7 +134,7 @@ def test_blocks_for_budget():
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == blocks and counts[-1] == 0
     for budget, count in zip(range(0, 700, 5), counts, strict=True):
-        need = (blocks - count) * kept + 2 * count + (kept if count else 0) + 24
+        need = max((blocks - count) * kept, kept) + 2 * count + 20
         assert need <= budget or count == blocks
 
 

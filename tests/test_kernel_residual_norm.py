@@ -155,6 +155,19 @@ def test_one_gradient_is_enough():
             torch.testing.assert_close(fused[name].grad, plain[name].grad, rtol=1e-3, atol=1e-3)
 
 
+def test_frozen_weights_get_no_gradient_and_the_rest_the_same():
+    given = branch_inputs((1, 2, 3, 16), True) | mlp_weights(16, 32)
+    leaves = {k: v.clone().requires_grad_(not k.startswith("fc")) for k, v in given.items()}
+    joined(ops.modulated_mlp, backend="fused")(**leaves)[1].square().sum().backward()
+    trained = {k: v.clone().requires_grad_() for k, v in given.items()}
+    joined(ops.modulated_mlp, backend="fused")(**trained)[1].square().sum().backward()
+    for name, leaf in leaves.items():
+        if name.startswith("fc"):
+            assert leaf.grad is None and trained[name].grad is not None
+        else:
+            assert torch.equal(leaf.grad, trained[name].grad), name
+
+
 def test_a_gate_for_each_sample_and_a_norm_for_each_frame():
     shape = (2, 3, 5, 72)
     inputs = branch_inputs(shape, True) | dict(gate=modulation(shape, False, 2))

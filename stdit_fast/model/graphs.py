@@ -30,7 +30,9 @@ class BlockGraphs:
     def __init__(self, model: nn.Module):
         self._model = model
         self._parameters: list[Tensor] = []
-        self._addresses: tuple[int, ...] = ()
+        self._addresses: tuple[int, ...] = ()  # negative where no gradient is wanted
+        self._blocks: tuple[int, ...] = ()
+        self._places: list[tuple[dict, str]] = []
         self._gradients: list[Tensor] = []
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: dict[tuple, int] = {}
@@ -72,8 +74,16 @@ class BlockGraphs:
         return x, ops.Branch(o, gate, self._model.blocks[-1].mlp.fc2.bias)
 
     def _forget_if_parameters_moved(self) -> None:
-        parameters = [p for p in self._model.blocks.parameters()]
-        addresses = tuple(p.data_ptr() for p in parameters)
+        """A graph reads parameters by address; where they or the blocks are others now, all are captured anew."""
+        blocks = tuple(map(id, self._model.blocks))
+        if blocks != self._blocks:
+            self._blocks = blocks
+            modules = self._model.blocks.modules()
+            self._places = [
+                (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
+            ]
+        parameters = [owner[name] for owner, name in self._places]
+        addresses = tuple(p.data_ptr() if p.requires_grad else -p.data_ptr() for p in parameters)
         if addresses != self._addresses:
             self._graphs.clear()
             self._parameters, self._addresses = parameters, addresses

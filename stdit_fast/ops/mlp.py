@@ -145,10 +145,12 @@ class _Gelu(torch.autograd.Function):
 library.differentiable(gelu_op, _Gelu)
 
 
-def _hidden_backward(dy: Tensor, h: Tensor, fc1_bias: Tensor, fc2_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """From dy [N, C_out] and h [N, C_hidden]: (dh, gradient of fc1's bias, gradient of fc2's weight)."""
+def _hidden_backward(
+    dy: Tensor, h: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, wants_weight: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From dy [N, C_out] and h [N, C_hidden]: (dh, gradient of fc1's bias, gradient of fc2's weight if wanted)."""
     dh, activation, dbias = gelu_backward_op(dy @ fc2_weight, h, fc1_bias)
-    return dh, dbias, weight_gradient(dy, activation)
+    return dh, dbias, weight_gradient(dy, activation) if wants_weight else None
 
 
 class _Mlp(torch.autograd.Function):
@@ -162,9 +164,11 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
         dy = dy.flatten(0, -2)
-        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy, h, fc1_bias, fc2_weight)
-        dx = (dh @ fc1_weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(dh, x), dfc1_bias, dfc2_weight, bias_gradient(dy)
+        wanted = ctx.needs_input_grad
+        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy, h, fc1_bias, fc2_weight, wanted[3])
+        dx = (dh @ fc1_weight).view(x.shape) if wanted[0] else None
+        dfc1_weight = weight_gradient(dh, x) if wanted[1] else None
+        return dx, dfc1_weight, dfc1_bias, dfc2_weight, bias_gradient(dy) if wanted[4] else None
 
 
 class _ModulatedMlp(torch.autograd.Function):
@@ -173,6 +177,8 @@ class _ModulatedMlp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
         h = F.linear(u.flatten(0, -2), fc1_weight)
+        ctx.has_branch = o is not None
+        o = o if gate is not None else None  # only the gate's gradient needs it
         ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight)
         return x_new, F.linear(gelu_op(h, fc1_bias), fc2_weight).view(*x.shape[:-1], -1)
 
@@ -182,18 +188,22 @@ class _ModulatedMlp(torch.autograd.Function):
         branch = (o, gate, bias_o)
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, branch, None, None)
-            return grads.dx, grads.d_o, grads.dgate, grads.dbias, None, None, None, None, None, None
-        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy.flatten(0, -2), h, fc1_bias, fc2_weight)
+            d_o = grads.d_o if ctx.has_branch else None
+            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None, None
+        dh, dfc1_bias, dfc2_weight = _hidden_backward(
+            dy.flatten(0, -2), h, fc1_bias, fc2_weight, ctx.needs_input_grad[8]
+        )  # fmt: skip
         du = (dh @ fc1_weight).view(x_new.shape)
-        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=True)
+        wants_weight = ctx.needs_input_grad[6]
+        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
             grads.dx,
-            grads.d_o,
+            grads.d_o if ctx.has_branch else None,
             grads.dgate,
             grads.dbias,
             grads.dshift,
             grads.dscale,
-            weight_gradient(dh, grads.u),
+            weight_gradient(dh, grads.u) if wants_weight else None,
             dfc1_bias,
             dfc2_weight,
             None,

@@ -131,6 +131,8 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(ctx, x, o, gate, bias_o, shift, scale, weight, bias, eps):
         ctx.set_materialize_grads(False)
         x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
+        ctx.has_branch = o is not None
+        o = o if gate is not None else None  # only the gate's gradient needs it
         ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, weight)
         return x_new, F.linear(u, weight, bias)
 
@@ -139,19 +141,21 @@ class _ModulatedLinear(torch.autograd.Function):
         x_new, stats, o, gate, bias_o, shift, scale, weight = ctx.saved_tensors
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, (o, gate, bias_o), None, None)
-            return grads.dx, grads.d_o, grads.dgate, grads.dbias, None, None, None, None, None
+            d_o = grads.d_o if ctx.has_branch else None
+            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None
         du = dy @ weight
         branch = (o, gate, bias_o)
-        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=True)
+        wants_weight = ctx.needs_input_grad[6]
+        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
             grads.dx,
-            grads.d_o,
+            grads.d_o if ctx.has_branch else None,
             grads.dgate,
             grads.dbias,
             grads.dshift,
             grads.dscale,
-            weight_gradient(dy, grads.u),
-            bias_gradient(dy),
+            weight_gradient(dy, grads.u) if wants_weight else None,
+            bias_gradient(dy) if ctx.needs_input_grad[7] else None,
             None,
         )
 
@@ -161,7 +165,7 @@ class _GateResidualLinear(torch.autograd.Function):
     def forward(ctx, x, o, gate, bias_o, weight, bias):
         ctx.set_materialize_grads(False)
         x_new = gate_residual_op(x, o, bias_o, gate)
-        ctx.save_for_backward(x_new, o, gate, bias_o, weight)
+        ctx.save_for_backward(x_new, o if gate is not None else None, gate, bias_o, weight)
         return x_new, F.linear(x_new, weight, bias)
 
     @staticmethod
@@ -169,5 +173,6 @@ class _GateResidualLinear(torch.autograd.Function):
         x_new, o, gate, bias_o, weight = ctx.saved_tensors
         du = None if dy is None else dy @ weight
         grads = branch_backward(dx_new, du, None, None, (o, gate, bias_o), None, None)
-        dweight, dbias = (None, None) if dy is None else (weight_gradient(dy, x_new), bias_gradient(dy))
+        dweight = weight_gradient(dy, x_new) if dy is not None and ctx.needs_input_grad[4] else None
+        dbias = bias_gradient(dy) if dy is not None and ctx.needs_input_grad[5] else None
         return grads.dx, grads.d_o, grads.dgate, grads.dbias, dweight, dbias

@@ -142,7 +142,7 @@ def _fake_backward(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake
 
     return (
         out(scale is not None or (du is not None and dx_new is not None), *like.shape),
-        out(o is not None and gate is not None, *like.shape),
+        out(gate is not None, *like.shape),
         out(bias is not None, like.shape[-1]),
         out(modulations > 0, modulations, groups, like.shape[-1]),
         out(remake_u, *like.shape),
@@ -181,7 +181,7 @@ class BranchGradients(NamedTuple):
     """What `branch_backward` returns: the gradients of x, of the branch and of the modulation, and u made again."""
 
     dx: Tensor
-    d_o: Tensor | None
+    d_o: Tensor
     dbias: Tensor | None
     dgate: Tensor | None
     dshift: Tensor | None
@@ -199,13 +199,17 @@ def branch_backward(
     scale: Tensor | None,
     remake_u: bool = False,
 ) -> BranchGradients:
-    """The backward op with its absent outputs resolved; `branch` is (o, gate, bias), all None without one."""
+    """The backward op with its absent outputs resolved.
+
+    Args:
+        branch: (o, gate, bias); o is not read without a gate. Where there is no branch, d_o means nothing.
+    """
     o, gate, bias = branch
     dx, d_o, dbias, modulation, u = backward_op(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u)
     if scale is None and (dx_new is None or du is None):
         dx = dx_new if du is None else du
-    if o is None or gate is None:
-        d_o = None if o is None else dx
+    if gate is None:
+        d_o = dx
     dshift = dscale = dgate = None
     if scale is not None:
         dshift, dscale = (modulation[i].view(scale.shape) for i in (0, 1))
@@ -234,7 +238,7 @@ class _LayerNormModulate(torch.autograd.Function):
 class _GateResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, o, bias, gate):
-        ctx.save_for_backward(o, bias, gate)
+        ctx.save_for_backward(o if gate is not None else None, bias, gate)
         return library.below_autograd(gate_residual_op, x, o, bias, gate)
 
     @staticmethod
@@ -250,7 +254,7 @@ class _GateResidualLayerNormModulate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         args = (x, o, bias, gate, shift, scale, eps)
         x_new, u, stats = library.below_autograd(gate_residual_layer_norm_modulate_op, *args)
-        ctx.save_for_backward(x_new, stats, o, bias, gate, scale)
+        ctx.save_for_backward(x_new, stats, o if gate is not None else None, bias, gate, scale)
         ctx.mark_non_differentiable(stats)
         return x_new, u, stats
 

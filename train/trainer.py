@@ -347,8 +347,9 @@ class Trainer:
         parameters = sum(p.numel() for p in self.state.model.parameters())
         self.metrics.message(str(report()))
         self.metrics.message(
-            f"\n{parameters / 1e6:.1f} M parameters, {self._plugin_name()} on {self.processes.world_size} x "
-            f"{self.device.type}, backend {self.config.model.backend}, {self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
+            f"\n{parameters / 1e6:.1f} M parameters, backend {self.config.model.backend}, {self._plugin_name()} on "
+            f"{self.processes.world_size} x {self.device.type}, "
+            f"{self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
         )
         self.metrics.message(self.data.sampler.plan(self.data.sampler.epoch).describe(self.data.buckets) + "\n")
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from test_stdit2 import golden_inputs, inputs
 
 from stdit_fast import STDiT2, STDiT2Config, ops, patch_opensora
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.graphs import SEEN_BEFORE, BlockGraphs
 from stdit_fast.model.memory import blocks_for_budget, kept_units
 from stdit_fast.ops.rms_norm import rms_norm
 from stdit_fast.ops.temporal_attention import rotate
@@ -382,3 +384,37 @@ def test_a_second_forward_pass_before_the_backward_pass_is_refused(monkeypatch):
     first, _ = fused(**given), fused(**given)
     with pytest.raises(RuntimeError, match="set_cuda_graphs"):
         first.sum().backward()
+
+
+def test_a_capture_that_fails_is_named_once_and_survived(monkeypatch, caplog):
+    fused, _ = models()
+    graphs = BlockGraphs(fused)
+    attempts = []
+
+    def fail(key, *_):
+        attempts.append(key)
+        raise torch.cuda.OutOfMemoryError("out of memory, as said by the test")
+
+    monkeypatch.setattr(graphs, "_capture", fail)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    x = SimpleNamespace(
+        is_cuda=True, shape=torch.Size([1, 2, 3, 48]), dtype=torch.bfloat16, device=torch.device("cuda")
+    )
+    found = [graphs.find(x, torch.empty(1, 1, 9 * 48), None, 6) for _ in range(SEEN_BEFORE + 3)]
+    assert found == [None] * len(found) and len(attempts) == 1
+    assert caplog.text.count("No CUDA graph for tokens of shape [1, 2, 3, 48]") == 1
+    assert "as said by the test" in caplog.text
+
+
+def test_graphs_notice_other_parameters():
+    fused, _ = models()
+    graphs = BlockGraphs(fused)
+    graphs._forget_if_parameters_moved()
+    graphs._graphs["some bucket"] = object()
+    graphs._forget_if_parameters_moved()
+    assert graphs.captured == 1
+    fused.blocks[0].mlp.fc1.weight = nn.Parameter(fused.blocks[0].mlp.fc1.weight.detach().clone())
+    graphs._forget_if_parameters_moved()
+    assert graphs.captured == 0
+    assert len(graphs._parameters) == len(list(fused.blocks.parameters()))
+    assert all(a is b for a, b in zip(graphs._parameters, fused.blocks.parameters(), strict=True))

@@ -8,11 +8,15 @@ All graphs share one pool of memory, since one bucket's backward pass is over be
 begins. Gradients of parameters leave through one set of buffers for the same reason.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stdit_fast import ops
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 16384  # beyond, the GPU is the slower one
 SEEN_BEFORE = 2  # steps of a bucket that run as usual: a graph is worth its capture where a bucket comes back
@@ -36,6 +40,7 @@ class BlockGraphs:
         self._gradients: list[Tensor] = []
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: dict[tuple, int] = {}
+        self._refused: set[tuple] = set()
         self._pool = None
         self._runs = 0
         self._pending: int | None = None  # the run whose backward pass may come next
@@ -59,9 +64,14 @@ class BlockGraphs:
         key = (x.shape, modulation.shape, capacity, x.dtype, x.device)
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= SEEN_BEFORE or len(self._graphs) >= MAX_GRAPHS:
+            if self._seen[key] <= SEEN_BEFORE or len(self._graphs) >= MAX_GRAPHS or key in self._refused:
                 return None
-            self._capture(key, x, modulation, layout, capacity, max_tokens)
+            try:
+                self._capture(key, x, modulation, layout, capacity, max_tokens)
+            except RuntimeError as error:  # no memory for it, most likely; the step itself may fit
+                self._refused.add(key)
+                logger.warning("No CUDA graph for tokens of shape %s, which run as usual: %s", list(x.shape), error)
+                return None
         return self._graphs[key]
 
     def run(

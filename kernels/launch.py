@@ -2,7 +2,8 @@
 
 `kernel[grid](...)` examines every argument in Python and looks the compiled kernel up by a long key, and a training
 step has over a thousand launches. What the compiler specialises on is little: dtypes, whether pointers are 16-byte
-aligned, whether integers are 1 or multiples of 16. `launch` remembers the compiled kernel by that and calls it directly.
+aligned, whether integers are 1 or multiples of 16. `launch` remembers the compiled kernel by that, and calls it
+directly.
 """
 
 import torch

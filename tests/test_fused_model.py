@@ -94,20 +94,26 @@ def test_bfloat16_errs_no_more_than_the_reference(case):
     assert total_error(ours) < SLACK * total_error(theirs)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a minute under the interpreter, which is held to the reference above")
-def test_equals_the_original(golden):
+@pytest.mark.parametrize(
+    "case",
+    [
+        "image",
+        pytest.param("video", marks=pytest.mark.skipif(DEVICE == "cpu", reason="no GPU: a minute in the interpreter")),
+    ],
+)
+def test_equals_the_original(golden, case):
     tensors, meta = golden("stdit2_tiny")
     config = json.loads(meta["config"])
     model = STDiT2(STDiT2Config(**config, qk_norm_legacy=True, final_layer_legacy=True, backend="fused")).eval()
     model.load_state_dict({k.removeprefix("param."): v.float() for k, v in tensors.items() if k.startswith("param.")})
     model.to(DEVICE)
-    given = golden_inputs(tensors, "video")
+    given = golden_inputs(tensors, case)
     grad_out = given.pop("grad_out").to(DEVICE)
     out = model(**on_device(given))
-    assert relative_error(out.cpu(), tensors["video.out.x_mask"]) < 1e-5
+    assert relative_error(out.cpu(), tensors[f"{case}.out.x_mask"]) < 1e-5
     (out * grad_out).sum().backward()
     for name, parameter in model.named_parameters():
-        got, want = parameter.grad.cpu(), tensors[f"video.grad.{name}"]
+        got, want = parameter.grad.cpu(), tensors[f"{case}.grad.{name}"]
         assert relative_error(got.flatten()[::97] if parameter.numel() >= 4000 else got, want) < 1e-4, name
 
 

@@ -20,21 +20,16 @@ _FRAGMENTATION = 0.04
 _FIXED = 1 << 30  # libraries' workspaces, the text's keys and values, latents
 
 
-def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, reserve: int | None) -> int:
-    """The number of blocks that must be recomputed so that the step fits; 0 on the CPU.
+def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, planned: int) -> int:
+    """The number of blocks that must be recomputed so that the step fits on the tokens' GPU.
 
     Args:
         model: with `blocks` and `config`.
         tokens: [B, T, S, C], the input of the first block.
-        reserve: see `STDiT2.set_checkpointing`.
+        planned: bytes that training holds beside activations, `training_bytes`.
     """
-    if not tokens.is_cuda:
-        return 0
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    if reserve is None:
-        reserve = training_reserve(model)
     # What is there already counts as it is; what training has yet to allocate (before its first step) as planned.
-    held = max(torch.cuda.memory_allocated(tokens.device), parameters + reserve)
+    held = max(torch.cuda.memory_allocated(tokens.device), planned)
     if getattr(model, "graphs", None) is not None:
         held += model.graphs.pool_bytes
     budget = (1 - _FRAGMENTATION) * memory_limit(tokens.device.index) - held - _FIXED
@@ -62,6 +57,12 @@ def kept_units(config, tokens: Tensor) -> float:
     if not use_kernel("modulated_linear", config.backend, tokens, config.hidden_size):
         return _KEPT_UNITS_REFERENCE
     return _KEPT_UNITS + config.mlp_ratio
+
+
+def training_bytes(model: nn.Module, reserve: int | None) -> int:
+    """Bytes of parameters and of what else training holds beside activations; see `STDiT2.set_checkpointing`."""
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    return parameters + (training_reserve(model) if reserve is None else reserve)
 
 
 def training_reserve(model: nn.Module) -> int:

@@ -30,7 +30,7 @@ from stdit_fast.model.embeddings import (
     position_embedding,
 )
 from stdit_fast.model.graphs import BlockGraphs
-from stdit_fast.model.memory import blocks_to_checkpoint
+from stdit_fast.model.memory import blocks_to_checkpoint, training_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -230,6 +230,7 @@ class STDiT2(PreTrainedModel):
         self.rope = RotaryEmbedding(config.head_dim)
         self.checkpointed_blocks: int | str = 0
         self.memory_reserve: int | None = None
+        self._training_bytes: int | None = None  # once a step with "auto" has asked
         self.last_checkpointed = 0
         self.graphs: BlockGraphs | None = None
         self.last_graphed = False
@@ -288,12 +289,13 @@ class STDiT2(PreTrainedModel):
         text, layout = self._embed_text(y, mask, drop_caption)
         rotation = ops.rotation_table(self.rope.freqs, x.shape[2])
         modulation = torch.cat((spatial, temporal), dim=-1)
-        graph = self._graph(tokens, modulation, layout)
+        self.last_checkpointed = self._count_checkpointed(tokens)
+        graph = None if self.last_checkpointed else self._graph(tokens, modulation, layout)
         self.last_graphed = graph is not None
         if graph is not None:
             tokens, branch = self.graphs.run(graph, tokens, modulation, text, layout, rotation)
         else:
-            tokens, branch = self._run_blocks(tokens, modulation, text, layout, rotation)
+            tokens, branch = self._run_blocks(tokens, modulation, text, layout, rotation, self.last_checkpointed)
 
         if x_mask is not None and self.config.final_layer_legacy:
             tokens = self.final_layer.forward_legacy(tokens, branch, t[:, None], (t_zero + size)[:, None], x_mask)
@@ -303,9 +305,15 @@ class STDiT2(PreTrainedModel):
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def _run_blocks(
-        self, x: Tensor, modulation: Tensor, text: Tensor, layout: ops.TextLayout, rotation: Tensor
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        text: Tensor,
+        layout: ops.TextLayout,
+        rotation: Tensor,
+        checkpointed: int = 0,
     ) -> tuple[Tensor, ops.Branch]:
-        """All blocks, the first of them under checkpointing: the residual stream and what is left to be added.
+        """All blocks, the first `checkpointed` under checkpointing: the residual stream and what is left to be added.
 
         Args:
             x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C].
@@ -322,7 +330,6 @@ class STDiT2(PreTrainedModel):
         kvs = kv.unflatten(-1, heads).unbind(1)
 
         branch = None
-        checkpointed = self.last_checkpointed = self._count_checkpointed(x) if torch.is_grad_enabled() else 0
         for i, (block, *args) in enumerate(zip(self.blocks, modulations, kvs, strict=True)):
             if i < checkpointed:
                 # No block draws random numbers, so their state need not be kept. The branch goes in as it is: added
@@ -335,7 +342,7 @@ class STDiT2(PreTrainedModel):
     def _graph(self, x: Tensor, modulation: Tensor, layout: ops.TextLayout):
         """The CUDA graph that runs the blocks on this batch, if there is one."""
         wanted = self.graphs is not None and self.training and torch.is_grad_enabled()
-        if not wanted or torch.compiler.is_compiling() or self._count_checkpointed(x):
+        if not wanted or torch.compiler.is_compiling():
             return None
         if not ops.use_kernel("modulated_linear", self.config.backend, x, x.shape[-1]):
             return None
@@ -398,7 +405,7 @@ class STDiT2(PreTrainedModel):
         if count != "auto" and (not isinstance(count, int) or not 0 <= count <= len(self.blocks)):
             remedy = f'use "off", "all", "auto" or a number from 0 to {len(self.blocks)}'
             raise ConfigError("checkpointing", blocks, remedy)
-        self.checkpointed_blocks, self.memory_reserve = count, reserve
+        self.checkpointed_blocks, self.memory_reserve, self._training_bytes = count, reserve, None
 
     def set_cuda_graphs(self, wanted: bool) -> None:
         """In training on a GPU, runs small buckets as CUDA graphs (`stdit_fast.model.graphs`).
@@ -409,9 +416,15 @@ class STDiT2(PreTrainedModel):
         self.graphs = BlockGraphs(self) if wanted else None
 
     def _count_checkpointed(self, tokens: Tensor) -> int:
+        if not torch.is_grad_enabled():
+            return 0
         if self.checkpointed_blocks != "auto":
             return self.checkpointed_blocks
-        return blocks_to_checkpoint(self, tokens, self.memory_reserve)
+        if not tokens.is_cuda:
+            return 0
+        if self._training_bytes is None:
+            self._training_bytes = training_bytes(self, self.memory_reserve)
+        return blocks_to_checkpoint(self, tokens, self._training_bytes)
 
     # ------------------------------------------------------- initial values
 

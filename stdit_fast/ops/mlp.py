@@ -177,7 +177,6 @@ class _ModulatedMlp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
         h = F.linear(u.flatten(0, -2), fc1_weight)
-        ctx.has_branch = o is not None
         o = o if gate is not None else None  # only the gate's gradient needs it
         ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight)
         return x_new, F.linear(gelu_op(h, fc1_bias), fc2_weight).view(*x.shape[:-1], -1)
@@ -188,7 +187,7 @@ class _ModulatedMlp(torch.autograd.Function):
         branch = (o, gate, bias_o)
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, branch, None, None)
-            d_o = grads.d_o if ctx.has_branch else None
+            d_o = grads.d_o if ctx.needs_input_grad[1] else None
             return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None, None
         dh, dfc1_bias, dfc2_weight = _hidden_backward(
             dy.flatten(0, -2), h, fc1_bias, fc2_weight, ctx.needs_input_grad[8]
@@ -198,7 +197,7 @@ class _ModulatedMlp(torch.autograd.Function):
         grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
             grads.dx,
-            grads.d_o if ctx.has_branch else None,
+            grads.d_o if ctx.needs_input_grad[1] else None,
             grads.dgate,
             grads.dbias,
             grads.dshift,

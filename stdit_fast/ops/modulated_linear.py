@@ -131,7 +131,6 @@ class _ModulatedLinear(torch.autograd.Function):
     def forward(ctx, x, o, gate, bias_o, shift, scale, weight, bias, eps):
         ctx.set_materialize_grads(False)
         x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
-        ctx.has_branch = o is not None
         o = o if gate is not None else None  # only the gate's gradient needs it
         ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, weight)
         return x_new, F.linear(u, weight, bias)
@@ -141,7 +140,7 @@ class _ModulatedLinear(torch.autograd.Function):
         x_new, stats, o, gate, bias_o, shift, scale, weight = ctx.saved_tensors
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, (o, gate, bias_o), None, None)
-            d_o = grads.d_o if ctx.has_branch else None
+            d_o = grads.d_o if ctx.needs_input_grad[1] else None
             return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None
         du = dy @ weight
         branch = (o, gate, bias_o)
@@ -149,7 +148,7 @@ class _ModulatedLinear(torch.autograd.Function):
         grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
             grads.dx,
-            grads.d_o if ctx.has_branch else None,
+            grads.d_o if ctx.needs_input_grad[1] else None,
             grads.dgate,
             grads.dbias,
             grads.dshift,

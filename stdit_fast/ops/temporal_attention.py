@@ -8,6 +8,7 @@ from stdit_fast.ops import library, registry
 from stdit_fast.ops.checks import expect_qkv, expect_shape
 from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.rms_norm import rms_norm
+from stdit_fast.ops.spatial_attention import weight_gradients
 from stdit_fast.ops.temporal_attention_long import temporal_attention_long
 
 NAME = "temporal_attention"
@@ -150,9 +151,7 @@ class _TemporalAttention(torch.autograd.Function):
     def backward(ctx, d_o):
         qkv, q_weight, k_weight, rotation = ctx.saved_tensors
         dqkv, d_weights = _backward_op(d_o, qkv, q_weight, k_weight, rotation, *ctx.options)
-        dq_weight = None if q_weight is None else d_weights[0].to(q_weight.dtype)
-        dk_weight = None if k_weight is None else d_weights[1].to(k_weight.dtype)
-        return dqkv, dq_weight, dk_weight, None, None, None
+        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, None, None
 
 
 library.differentiable(_op, _TemporalAttention)

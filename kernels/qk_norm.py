@@ -135,7 +135,8 @@ def backward(
         *_packed_strides(qkv), *_strides(dq), *_packed_strides(dqkv), eps,
         H=heads, D=head_dim, BLOCK=plan.block, HEADS=plan.heads, TOKENS=plan.tokens,
         HAS_Q=q_weight is not None, HAS_K=k_weight is not None,
-        ROTATE=rotation is not None, ROTATE_FIRST=rotate_first, num_warps=plan.warps,
+        ROTATE=rotation is not None, ROTATE_FIRST=rotate_first, STAGES=TUNING.get("backward_stages", 3),
+        num_warps=plan.warps,
     )  # fmt: skip
     return partials.sum(0) if has_weights else None
 
@@ -288,6 +289,7 @@ def _qk_norm_backward(
     in_b, in_t, in_s, in_part, in_head, d_b, d_t, d_s, d_head, out_b, out_t, out_s, out_part, out_head, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, TOKENS: tl.constexpr,
     HAS_Q: tl.constexpr, HAS_K: tl.constexpr, ROTATE: tl.constexpr, ROTATE_FIRST: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TOKENS * HEADS
     dtype = dqkv.dtype.element_ty
@@ -296,7 +298,7 @@ def _qk_norm_backward(
     c = tl.arange(0, BLOCK)
     dw_q = tl.zeros([ROWS, BLOCK], tl.float32)
     dw_k = tl.zeros([ROWS, BLOCK], tl.float32)
-    for tile in range(tl.program_id(0), tl.cdiv(count, TOKENS), tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(count, TOKENS), tl.num_programs(0), num_stages=STAGES):
         token = tile * TOKENS + row // HEADS
         row_in = (token < count) & (head < H)
         mask = row_in[:, None] & (c < D)[None, :]

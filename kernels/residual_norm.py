@@ -22,35 +22,48 @@ from stdit_fast.kernels.tiles import cdiv, next_power_of_2, split
 # Replaces entries of `_plan`'s choices by name, for tuning: {"forward_rows": 2, ...}.
 TUNING: dict[str, int] = {}
 
-_TARGET_PROGRAMS = 132 * 16  # some waves of programs on the largest Hopper GPU
+_MULTIPROCESSORS = 132  # of the largest Hopper GPU
+_STAGE_BYTES = 2**14  # of each of up to four tensors, in shared memory
 
 
 class Plan(NamedTuple):
-    """How the rows of a tensor [groups * group_size, C] are given to programs."""
+    """How the rows of a tensor [groups * group_size, C] are given to programs.
 
-    groups: int
+    The programs copy rows ahead into shared memory (`stages`): a row's two reductions and its stores wait for nothing
+    but each other, and without rows under way meanwhile, half of the memory's speed is lost.
+    """
+
     group_size: int
     rows: int  # of one tile
     tiles: int  # tiles that a program walks over
     chunks: int  # programs a group
     warps: int
+    stages: int
 
 
-def _plan(groups: int, group_size: int, channels: int, direction: str) -> Plan:
-    # Measured on an H200 at 1152 channels: two warps a row, and registers for eight rows a multiprocessor.
-    rows = TUNING.get(f"{direction}_rows", 2 if direction == "forward" else 1)
-    default_warps = max(1, min(8, channels // 512))
-    warps = TUNING.get(f"{direction}_warps", default_warps)
-    most = TUNING.get(f"{direction}_most", 32)
-    # Long walks amortise the modulation and the partial sums; short ones fill the GPU when there are few rows.
-    wanted = groups * group_size // _TARGET_PROGRAMS
-    least = TUNING.get(f"{direction}_least", 8 if direction == "forward" else 16)
-    walk = max(min(most, wanted), min(least, group_size), rows)
-    tiles = cdiv(walk, rows)
-    # As many programs a group as that takes, each with an even share.
-    chunks = cdiv(group_size, tiles * rows)
+def _plan(groups: int, like: Tensor, direction: str, has_branch: bool) -> Plan:
+    channels = like.shape[-1]
+    group_size = like.numel() // channels // groups
+    # Measured on an H200 at 1152 channels. One warp needs no exchange through shared memory, but has registers for
+    # the sums of the norm alone.
+    rows = TUNING.get(f"{direction}_rows", 1)
+    warps = TUNING.get(f"{direction}_warps", max(1, min(8, channels // (512 if has_branch else 1024))))
+    if direction == "forward":
+        # Rows are cheap to begin with: short walks fill the GPU evenly.
+        walk = max(4, min(16, groups * group_size // (_MULTIPROCESSORS * 16)))
+        chunks = cdiv(group_size, max(rows, TUNING.get("forward_walk", walk)))
+    else:
+        # A walk's end writes partial sums. Registers allow eight warps a multiprocessor: one round of programs where
+        # that gives walks of moderate length, and many rounds beyond.
+        at_once = _MULTIPROCESSORS * max(1, 8 // warps)
+        if groups * group_size <= 64 * at_once:
+            chunks = max(1, min(at_once // groups, cdiv(group_size, 8)))
+        else:
+            chunks = cdiv(group_size, TUNING.get("backward_walk", 48))
+    # Each with an even share.
     tiles = cdiv(cdiv(group_size, chunks), rows)
-    return Plan(groups, group_size, rows, tiles, chunks, warps)
+    stages = max(1, min(3, _STAGE_BYTES // (rows * channels * like.element_size())))
+    return Plan(group_size, rows, tiles, chunks, warps, TUNING.get(f"{direction}_stages", stages))
 
 
 def forward(
@@ -73,7 +86,7 @@ def forward(
     """
     channels = x.shape[-1]
     count = x.numel() // channels
-    plan = _plan(groups, count // groups, channels, "forward")
+    plan = _plan(groups, x, "forward", o is not None)
     first, rest = split(channels)
     has_norm = shift is not None
     x_new = torch.empty_like(x) if o is not None else None
@@ -81,8 +94,8 @@ def forward(
     stats = torch.empty(count, 2, dtype=torch.float32, device=x.device) if has_norm else None
     launch(
         _residual_norm_forward, groups * plan.chunks, x, o, bias, gate, shift, scale, x_new, u, stats,
-        plan.group_size, plan.chunks, _row_stride(gate), _row_stride(shift), _row_stride(scale), eps,
-        C=channels, FIRST=first, REST=rest, ROWS=plan.rows, TILES=plan.tiles,
+        plan.group_size, plan.chunks, plan.tiles, _row_stride(gate), _row_stride(shift), _row_stride(scale), eps,
+        C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
         HAS_BRANCH=o is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm,
         num_warps=plan.warps, maxnreg=TUNING.get("forward_registers"),
     )  # fmt: skip
@@ -124,8 +137,7 @@ def backward(
     """
     like = du if du is not None else dx_new
     channels = like.shape[-1]
-    count = like.numel() // channels
-    plan = _plan(groups, count // groups, channels, "backward")
+    plan = _plan(groups, like, "backward", gate is not None or bias is not None)
     first, rest = split(channels)
     has_norm = scale is not None
     # Without a norm and with one gradient, x's gradient is that gradient: nothing to write.
@@ -142,11 +154,11 @@ def backward(
         launch(
             _residual_norm_backward, programs,
             dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
-            plan.group_size, plan.chunks, _row_stride(gate), _row_stride(shift), _row_stride(scale),
-            C=channels, FIRST=first, REST=rest, ROWS=plan.rows, TILES=plan.tiles,
+            plan.group_size, plan.chunks, plan.tiles, _row_stride(gate), _row_stride(shift), _row_stride(scale),
+            C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
             HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None,
             HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm, WRITE_DX=has_dx, REMAKE_U=remake_u,
-            num_warps=plan.warps, maxnreg=TUNING.get("backward_registers", 128),
+            num_warps=plan.warps, maxnreg=TUNING.get("backward_registers"),
         )  # fmt: skip
     dmodulation = dbias = None
     if modulations:
@@ -161,7 +173,7 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the rows of x [N, C], in float32, rounded to `dtype`: [C]. The same bits every time."""
     count, channels = x.shape
     # The second pass has one program a column block, so its rows should be few; so should the programs of the first.
-    parts = max(1, min(cdiv(count, 32), 128))
+    parts = max(1, min(cdiv(count, 32), TUNING.get("sum_parts", 128)))
     if parts > 1:
         x = sum_rows(x, torch.float32, parts)
     return sum_rows(x.view(1, -1, channels), dtype)[0]
@@ -177,10 +189,11 @@ def sum_rows(x: Tensor, dtype: torch.dtype, parts: int | None = None) -> Tensor:
         count = x.shape[0]
         size = cdiv(count, parts)
     out = torch.empty(parts, channels, dtype=dtype, device=x.device)
-    width = 128 if channels >= 128 else max(16, next_power_of_2(channels))
+    width = min(TUNING.get("sum_width", 128), max(16, next_power_of_2(channels)))
     launch(
         _sum_rows, parts * cdiv(channels, width), x, out, count, size, channels,
-        WIDTH=width, ROWS=min(32, max(2, next_power_of_2(size))), num_warps=4,
+        WIDTH=width, ROWS=min(TUNING.get("sum_rows", 32), max(2, next_power_of_2(size))),
+        STAGES=TUNING.get("sum_stages", 4), num_warps=TUNING.get("sum_warps", 2),
     )  # fmt: skip
     return out
 
@@ -201,15 +214,16 @@ def _tile(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["group_size", "chunks"])
+@triton.jit(do_not_specialize=["group_size", "chunks", "tiles"])
 def _residual_norm_forward(
     x, o, bias, gate, shift, scale, x_new, u, stats,
-    group_size, chunks, gate_stride, shift_stride, scale_stride, eps,
-    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    group_size, chunks, tiles, gate_stride, shift_stride, scale_stride, eps,
+    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
     HAS_BRANCH: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
     group = (tl.program_id(0) // chunks).to(tl.int64)
-    first_row = (tl.program_id(0) % chunks) * (TILES * ROWS)
+    first_row = (tl.program_id(0) % chunks) * (tiles * ROWS)
     dtype = x.dtype.element_ty
     # The row's two blocks: columns a, and columns b where a power of two does not hold all.
     a = tl.arange(0, FIRST)
@@ -232,7 +246,7 @@ def _residual_norm_forward(
             shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
             scale_b = 1.0 + _row(scale + group * scale_stride, b, b_in)[None, :]
 
-    for i in range(TILES):
+    for i in tl.range(tiles, num_stages=STAGES):
         row = first_row + i * ROWS + tl.arange(0, ROWS)
         row_in = row < group_size
         token = group * group_size + row
@@ -303,17 +317,18 @@ def _incoming(dx_new, du, at, mask, HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constex
     return total
 
 
-@triton.jit(do_not_specialize=["group_size", "chunks"])
+@triton.jit(do_not_specialize=["group_size", "chunks", "tiles"])
 def _residual_norm_backward(
     dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
-    group_size, chunks, gate_stride, shift_stride, scale_stride,
-    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    group_size, chunks, tiles, gate_stride, shift_stride, scale_stride,
+    C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr,
     HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, WRITE_DX: tl.constexpr, REMAKE_U: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = (program // chunks).to(tl.int64)
-    first_row = (program % chunks) * (TILES * ROWS)
+    first_row = (program % chunks) * (tiles * ROWS)
     dtype = du.dtype.element_ty if HAS_DU else dx_new.dtype.element_ty
     a = tl.arange(0, FIRST)
     a_in = a < C
@@ -339,7 +354,7 @@ def _residual_norm_backward(
             dshift_b = tl.zeros([ROWS, REST], tl.float32)
             dscale_b = tl.zeros([ROWS, REST], tl.float32)
 
-    for i in range(TILES):
+    for i in tl.range(tiles, num_stages=STAGES):
         row = first_row + i * ROWS + tl.arange(0, ROWS)
         row_in = row < group_size
         token = group * group_size + row
@@ -448,13 +463,13 @@ def _residual_norm_backward(
 
 
 @triton.jit(do_not_specialize=["count", "size"])
-def _sum_rows(x, out, count, size, C, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+def _sum_rows(x, out, count, size, C, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     blocks = tl.cdiv(C, WIDTH)
     part = (tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     end = tl.minimum((part + 1) * size, count)
-    for start in range(part * size, end, ROWS):
+    for start in tl.range(part * size, end, ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS)
         mask = (row < end)[:, None] & (column < C)[None, :]
         total += tl.load(x + row[:, None] * C + column[None, :], mask=mask, other=0.0).to(tl.float32)

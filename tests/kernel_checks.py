@@ -54,12 +54,12 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
-def check(fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+def check(fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dtype: torch.dtype, repeats=True) -> None:
     """Holds fused(**inputs) in `dtype` against plain(**inputs) in float64, outputs and every gradient.
 
     The error (relative norm) may be SLACK times what `plain` itself has in `dtype`, or one rounding where that is
-    smaller (in float32 six: short sums in another order differ by that). A second run must give the
-    same bits.
+    smaller (in float32 six: short sums in another order differ by that). A second run must give the same bits,
+    unless a library serves part of the op that does not (`repeats` is False).
     """
     inputs = cast(inputs, dtype)
     rounding = torch.finfo(dtype).eps * (3 if dtype == torch.float32 else 0.5)
@@ -72,7 +72,7 @@ def check(fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dt
         for name, exact in want.items():
             got = ours[name]
             assert got.shape == exact.shape and got.dtype == theirs[name].dtype, f"{name}: {got.shape} {got.dtype}"
-            if not torch.equal(got, again[name]):
+            if repeats and not torch.equal(got, again[name]):
                 failures.append(f"{name}: differs on repeat")
             if float(exact.norm()) == 0:
                 assert float(got.double().norm()) < 1e-3, f"{name}: should be 0"

@@ -168,13 +168,14 @@ def test_fused_without_a_kernel_raises_with_the_reason():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="compiles for a GPU")
 def test_torch_compile_of_the_model():
-    fused, _ = models(torch.bfloat16)
+    fused, reference = models(torch.bfloat16)
     given = on_device(CASES["masked"]())
-    want = step(fused, given)
+    exact = step(reference.float(), given)
+    plain = step(fused, given)
     got = {n.removeprefix("_orig_mod."): value for n, value in step(torch.compile(fused), given).items()}
-    for name, value in want.items():
-        # The compiler rounds differently between the ops, and gradients by way of the text cancel in part.
-        assert relative_error(got[name], value) < 0.06, name
+    for name, value in exact.items():
+        # The compiler rounds differently between the ops, so its error is another one, but no larger a one.
+        assert relative_error(got[name], value) < max(0.02, 2 * relative_error(plain[name], value)), name
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="synchronises with a GPU")

@@ -41,7 +41,7 @@ class BlockGraphs:
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: dict[tuple, int] = {}
         self._refused: set[tuple] = set()
-        self._pool = None
+        self._pool = self._stream = None  # of all captures: what one gave back serves the next on the same stream alone
         self._runs = 0
         self._pending: int | None = None  # the run whose backward pass may come next
         self.pool_bytes = 0
@@ -101,7 +101,7 @@ class BlockGraphs:
 
     def _capture(self, key, x, modulation, layout, capacity, max_tokens) -> None:
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(x.device)
         torch.cuda.synchronize(x.device)
         torch.cuda.empty_cache()  # as the capture does: what is reserved afterwards beyond this is the graphs'
         before = torch.cuda.memory_reserved(x.device)
@@ -131,7 +131,7 @@ class _Graph:
         )  # fmt: skip
         self.differentiated = [*inputs, *(leaf for leaf in leaves if leaf.requires_grad)]
 
-        side = torch.cuda.Stream(x.device)
+        side = graphs._stream
         side.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(side), torch.enable_grad():
             for _ in range(_WARMUP):  # compiles, picks algorithms, allocates workspaces

@@ -9,6 +9,7 @@ keeps the sums over its rows that become the gradients of shift, scale, gate and
 and `_sum_partials` adds those in a fixed order: no atomics, the same bits every time.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from stdit_fast.kernels.tiles import cdiv, next_power_of_2, split
 TUNING: dict[str, int] = {}
 
 _MULTIPROCESSORS = 132  # of the largest Hopper GPU
+_START_ROWS = 6  # that a program's begin and end cost as much as: modulation, the first copies, partial sums
 _STAGE_BYTES = 2**14  # of each of up to four tensors, in shared memory
 
 
@@ -53,17 +55,24 @@ def _plan(groups: int, like: Tensor, direction: str, has_branch: bool) -> Plan:
         walk = max(4, min(16, groups * group_size // (_MULTIPROCESSORS * 16)))
         chunks = cdiv(group_size, max(rows, TUNING.get("forward_walk", walk)))
     else:
-        # A walk's end writes partial sums. Registers allow eight warps a multiprocessor: one round of programs where
-        # that gives walks of moderate length, and many rounds beyond.
-        at_once = _MULTIPROCESSORS * max(1, 8 // warps)
-        if groups * group_size <= 64 * at_once:
-            chunks = max(1, min(at_once // groups, cdiv(group_size, 8)))
-        else:
-            chunks = cdiv(group_size, TUNING.get("backward_walk", 48))
+        # Registers allow eight warps a multiprocessor.
+        chunks = _backward_chunks(groups, group_size, _MULTIPROCESSORS * max(1, 8 // warps))
     # Each with an even share.
     tiles = cdiv(cdiv(group_size, chunks), rows)
     stages = max(1, min(3, _STAGE_BYTES // (rows * channels * like.element_size())))
     return Plan(group_size, rows, tiles, chunks, warps, TUNING.get(f"{direction}_stages", stages))
+
+
+@lru_cache(maxsize=1024)
+def _backward_chunks(groups: int, group_size: int, at_once: int) -> int:
+    """Programs a group, such that the GPU is done soonest when `at_once` of them run at a time."""
+    if "backward_walk" in TUNING:
+        return cdiv(group_size, TUNING["backward_walk"])
+
+    def rows_in_turn(chunks: int) -> int:
+        return cdiv(groups * chunks, at_once) * (cdiv(group_size, chunks) + _START_ROWS)
+
+    return min(range(1, min(cdiv(group_size, 4), 4096) + 1), key=rows_in_turn)
 
 
 def forward(

@@ -259,7 +259,7 @@ def test_fit_is_exact_on_frames_of_four_patterns():
     patterns = patterns + patterns.flip(-1)  # the fit mirrors the frames
     weights = torch.randn(6, 5, 7, 4)
     frames = torch.einsum("nhwk,kcij->nchiwj", weights, patterns).reshape(6, 3, 40, 56) + 0.1
-    codec = PatchCodec(fit_patch_codec([frames]))
+    codec = PatchCodec.from_parameters(fit_patch_codec([frames]))
     assert psnr(codec, frames) > 60
 
 
@@ -278,9 +278,19 @@ def test_patch_codec_refuses_parameters_of_another_shape():
     parameters = load_file(EMBEDDED)
     parameters["decoder_bias"] = parameters["decoder_bias"][:-1]
     with pytest.raises(ValueError, match="decoder_bias"):
-        PatchCodec(parameters)
+        PatchCodec.from_parameters(parameters)
 
 
 def test_embedded_file_is_small_and_holds_nothing_else():
     assert EMBEDDED.stat().st_size < 64_000
     assert json.loads(EMBEDDED.read_bytes()[8:].split(b"}}")[0].decode() + "}}").keys() == SHAPES.keys()
+
+
+def test_the_patch_codec_is_saved_and_loaded_and_stays_float32(tmp_path):
+    codec = PatchCodec(micro_batch_size=3)
+    codec.decoder_bias += 1
+    codec.save_pretrained(tmp_path)
+    loaded = PatchCodec.from_pretrained(tmp_path, torch_dtype=torch.bfloat16).to(torch.bfloat16)
+    assert loaded.micro_batch_size == 3
+    for name, value in codec.named_buffers():
+        assert torch.equal(getattr(loaded, name), value), name

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from stdit_fast.errors import ConfigError
-from stdit_fast.train.buckets import Buckets, load_resolutions
+from stdit_fast.resolutions import load_resolutions
+from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.randomness import hash_uniform
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "buckets.json").read_text())

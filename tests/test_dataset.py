@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.read import decode_clip, decode_image
 from stdit_fast.train.bad_samples import BadSamples, TooManyBadSamples
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.dataset import NoGoodSample, VideoTextDataset, make_loader
 from stdit_fast.train.metadata import load_metadata
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
-from stdit_fast.train.video import decode_clip, decode_image
 
 DATA = Path(__file__).parent / "data"
 RESOLUTIONS = {"tiny": {"pixels": 48 * 48, "sizes": {"0.50": [36, 68], "1.00": [48, 48]}}}

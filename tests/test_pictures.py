@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.pictures import GAP, MARGIN, MAX_FRAME_HEIGHT, SHEET_WIDTH, STRIP_GAP, sheet
 from stdit_fast.train import pictures
 from stdit_fast.train.pictures import Panel, contact_sheet, contact_sheets, loss_curve, read_metrics, running_mean
 
@@ -113,14 +114,14 @@ def test_condition_frames_are_framed(tmp_path):
     x_mask = torch.ones(2, 4, dtype=torch.bool)
     x_mask[0, 0] = x_mask[1, 2] = x_mask[1, 3] = False
     contact_sheet(video, x_mask, ["one", "two"], out)
-    height, width = pictures.MAX_FRAME_HEIGHT, int(pictures.MAX_FRAME_HEIGHT * 64 / 48)
+    height, width = MAX_FRAME_HEIGHT, int(MAX_FRAME_HEIGHT * 64 / 48)
     border = height * width - (height - 2 * pictures.BORDER) * (width - 2 * pictures.BORDER)
     image = pixels(out)
     assert count(image, ORANGE, 0) == legend + 3 * border
     # the frames lie side by side in their order: of the first sample the first is framed
     top = np.argwhere((image == ORANGE).all(-1))
     first = top[top[:, 0] > 80]
-    assert first[:, 1].min() == pictures.MARGIN
+    assert first[:, 1].min() == MARGIN
     assert count(image, RED) == 8 * height * width - 3 * border
 
 
@@ -129,7 +130,7 @@ def test_reconstruction_stands_below_and_is_not_framed(tmp_path):
     x_mask = torch.tensor([[False, True, True]])
     contact_sheet(video, x_mask, ["caption"], tmp_path / "sheet.png", decoded=decoded)
     image = pixels(tmp_path / "sheet.png")
-    side = pictures.MAX_FRAME_HEIGHT
+    side = MAX_FRAME_HEIGHT
     assert count(image, BLUE) == 3 * side * side
     red, blue = (np.argwhere((np.abs(image - colour) < 8).all(-1))[:, 0] for colour in (RED, BLUE))
     assert red.max() < blue.min()
@@ -139,16 +140,16 @@ def test_frames_are_spread_evenly_over_a_long_sample(tmp_path):
     video = torch.linspace(-1, 1, 50).view(1, 1, 50, 1, 1).expand(1, 3, 50, 16, 16)
     contact_sheet(video, None, ["long"], tmp_path / "sheet.png", max_frames=6)
     image = pixels(tmp_path / "sheet.png")
-    row = image[-pictures.MARGIN - pictures.TILE_GAP - 20]
-    side = pictures.MAX_FRAME_HEIGHT
-    centres = [pictures.MARGIN + i * (side + pictures.GAP) + side // 2 for i in range(6)]
+    row = image[-MARGIN - pictures.TILE_GAP - 20]
+    side = MAX_FRAME_HEIGHT
+    centres = [MARGIN + i * (side + GAP) + side // 2 for i in range(6)]
     assert row[centres, 0].tolist() == [round(255 * t / 49) for t in (0, 10, 20, 29, 39, 49)]
 
 
 def test_samples_are_limited(tmp_path):
     for batch in (3, 9):
         contact_sheet(flat(RED, batch, 2, 16, 16), None, ["x"] * batch, tmp_path / "sheet.png", max_samples=2)
-        assert count(pixels(tmp_path / "sheet.png"), RED) == 2 * 2 * pictures.MAX_FRAME_HEIGHT**2
+        assert count(pixels(tmp_path / "sheet.png"), RED) == 2 * 2 * MAX_FRAME_HEIGHT**2
 
 
 def test_panels_of_several_buckets(tmp_path):
@@ -158,12 +159,12 @@ def test_panels_of_several_buckets(tmp_path):
     ]
     contact_sheets(panels, tmp_path / "sheet.png", title="Batches")
     image = pixels(tmp_path / "sheet.png")
-    assert image.shape[1] == pictures.SHEET_WIDTH
+    assert image.shape[1] == SHEET_WIDTH
     red, blue = (np.argwhere((np.abs(image - colour) < 8).all(-1)) for colour in (RED, BLUE))
     assert red[:, 0].max() < blue[:, 0].min()
-    assert max(red[:, 1].max(), blue[:, 1].max()) < pictures.SHEET_WIDTH - pictures.MARGIN
+    assert max(red[:, 1].max(), blue[:, 1].max()) < SHEET_WIDTH - MARGIN
     # images stand side by side in one row
-    assert np.ptp(blue[:, 0]) + 1 == pictures.MAX_FRAME_HEIGHT
+    assert np.ptp(blue[:, 0]) + 1 == MAX_FRAME_HEIGHT
 
 
 def test_a_picture_is_replaced_whole(tmp_path, monkeypatch):
@@ -178,3 +179,23 @@ def test_a_picture_is_replaced_whole(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         contact_sheet(flat(BLUE, 1, 1, 16, 16), None, ["x"], out)
     assert out.read_bytes() == before
+
+
+def test_a_sheet_of_samples(tmp_path):
+    rows = [
+        ("a red sea " * 90, flat(RED, 1, 20, 32, 32)[0]),
+        ("blue", flat(BLUE, 1, 1, 32, 64)[0]),
+        ("", torch.linspace(-1, 1, 50).view(1, 50, 1, 1).expand(3, 50, 16, 16)),
+    ]
+    sheet(rows, 6, tmp_path / "new" / "sheet.png")
+    image = pixels(tmp_path / "new" / "sheet.png")
+    side = MAX_FRAME_HEIGHT
+    assert image.shape[1] == SHEET_WIDTH
+    assert count(image, RED) == 6 * side * side and count(image, BLUE) == 2 * side * side
+    red, blue = (np.argwhere((np.abs(image - colour) < 8).all(-1)) for colour in (RED, BLUE))
+    assert red[:, 0].max() < blue[:, 0].min()
+    assert (image[MARGIN : red[:, 0].min()] < 100).any()  # the caption stands above
+    row = image[-MARGIN - STRIP_GAP - 20]
+    centres = [MARGIN + i * (side + GAP) + side // 2 for i in range(6)]
+    assert row[centres, 0].tolist() == [round(255 * t / 49) for t in (0, 10, 20, 29, 39, 49)]
+    assert os.listdir(tmp_path / "new") == ["sheet.png"]

@@ -255,3 +255,13 @@ def test_minilm_damaged(monkeypatch, tmp_path, damage):
     monkeypatch.setattr(text.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(ConfigError, match="is damaged.*--force-reinstall"):
         load_text_encoder("minilm-embeddings")
+
+
+def test_minilm_is_saved_and_loaded_with_its_tokenizer(tmp_path):
+    encoder = load_text_encoder("minilm-embeddings", max_length=12)
+    encoder.save_pretrained(tmp_path)
+    loaded = type(encoder).from_pretrained(tmp_path)
+    captions = ["a calm sea", " ".join(["waves"] * 20)]
+    assert torch.equal(loaded.encode(captions).states, encoder.encode(captions).states)
+    assert torch.equal(loaded.encode(captions).mask, encoder.encode(captions).mask)
+    assert loaded.truncated == 2 and loaded.max_length == 12

@@ -11,7 +11,7 @@ import torch
 from av.video.reformatter import Interpolation
 from PIL import Image
 
-from stdit_fast.train.video import BadSample, cover, decode_clip, decode_image, is_image, probe
+from stdit_fast.media.read import BadSample, cover, decode_clip, decode_image, is_image, probe
 
 DATA = Path(__file__).parent / "data"
 BICUBIC = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT

@@ -2,10 +2,9 @@
 
 A bucket is (resolution, number of frames, aspect ratio). The configuration states for each resolution and length how
 likely a sample that fits is kept there, and how many of them make a batch; the aspect ratios of a resolution and their
-sizes in pixels come from a table of sizes (``resolutions.json``, or the user's own).
+sizes in pixels come from a table of sizes (`stdit_fast.resolutions`).
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.resolutions import is_int, load_resolutions
 
-SHIPPED_RESOLUTIONS = Path(__file__).with_name("resolutions.json")
 # A sample may be enlarged a little: it enters a resolution from this share of its pixels on.
 MIN_PIXEL_SHARE = 0.8
-MIN_SIDE = 8
 # Rows worked on at a time: temporary arrays of that length stay in cache, whatever the table's length.
 CHUNK = 1 << 16
 
@@ -272,16 +270,12 @@ def _searchable(num_frames: np.ndarray, height: np.ndarray, width: np.ndarray):
 
 
 def _check_sizes(num_frames, height, width, frame_interval) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not _is_int(frame_interval) or frame_interval < 1:
+    if not is_int(frame_interval) or frame_interval < 1:
         raise ConfigError("dataset.frame_interval", frame_interval, "it must be an integer of at least 1.")
     arrays = tuple(np.atleast_1d(np.asarray(a)) for a in (num_frames, height, width))
     if len({a.shape for a in arrays}) != 1 or arrays[0].ndim != 1:
         raise ValueError(f"num_frames, height and width must be of one length, not {[a.shape for a in arrays]}")
     return arrays
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def _check_entries(resolution: str, entries: object) -> list[tuple[int, float, int | None]]:
@@ -291,7 +285,7 @@ def _check_entries(resolution: str, entries: object) -> list[tuple[int, float, i
     checked: dict[int, tuple[int, float, int | None]] = {}
     for num_frames, entry in entries.items():
         count = int(num_frames) if isinstance(num_frames, str) and num_frames.strip().isdigit() else num_frames
-        if not _is_int(count) or count < 1:
+        if not is_int(count) or count < 1:
             raise ConfigError(key, num_frames, "the number of frames must be an integer of at least 1 (1: images).")
         if count in checked:
             raise ConfigError(key, num_frames, "this number of frames stands there twice.")
@@ -310,66 +304,6 @@ def _check_entry(key: str, entry: object) -> tuple[float, int | None]:
         return 0.0, None
     if batch_size is None:
         raise ConfigError(key, entry, "the batch size is missing, and is needed where keep_prob is above 0.")
-    if not _is_int(batch_size) or batch_size < 1:
+    if not is_int(batch_size) or batch_size < 1:
         raise ConfigError(key, batch_size, "the batch size, the second of the two, must be an integer of at least 1.")
     return float(keep_prob), int(batch_size)
-
-
-def load_resolutions(own: Mapping | str | Path | None = None) -> dict[str, dict]:
-    """The tables of sizes by resolution, the user's first: name -> {"pixels": int, "sizes": {aspect: (h, w)}}.
-
-    Raises:
-        ConfigError: a file that is missing or not JSON, or a table that is not of that form.
-    """
-    shipped = _check_resolutions(json.loads(SHIPPED_RESOLUTIONS.read_text()))
-    if own is None:
-        return shipped
-    if not isinstance(own, Mapping):
-        own = _read_json(Path(own))
-    return {**_check_resolutions(own), **{k: v for k, v in shipped.items() if k not in map(str, own)}}
-
-
-def _read_json(path: Path) -> Mapping:
-    # A bare name that is not in the user's folder may be one of the shipped tables.
-    found = next((p for p in (path, SHIPPED_RESOLUTIONS.with_name(path.name)) if p.is_file()), None)
-    if found is None:
-        raise ConfigError(
-            "resolutions", str(path), "there is no such file; give a JSON table of sizes, or leave it out."
-        )
-    try:
-        table = json.loads(found.read_text())
-    except (ValueError, OSError) as error:
-        raise ConfigError("resolutions", str(path), f"it cannot be read as JSON ({error}).") from error
-    if not isinstance(table, dict):
-        raise ConfigError("resolutions", str(path), 'it must hold {name: {"pixels": ..., "sizes": ...}}.')
-    return table
-
-
-def _check_resolutions(table: Mapping) -> dict[str, dict]:
-    checked = {}
-    for name, entry in table.items():
-        key = f"resolutions.{name}"
-        if not isinstance(entry, Mapping) or not {"pixels", "sizes"} <= set(entry):
-            raise ConfigError(key, entry, 'it must be {"pixels": int, "sizes": {aspect: [height, width]}}.')
-        if not _is_int(entry["pixels"]) or entry["pixels"] < 1:
-            raise ConfigError(f"{key}.pixels", entry["pixels"], "it must be a number of pixels, height * width.")
-        sizes = entry["sizes"]
-        if not isinstance(sizes, Mapping) or not sizes:
-            raise ConfigError(f"{key}.sizes", sizes, "it must map aspect ratios to [height, width].")
-        checked[str(name)] = {
-            "pixels": int(entry["pixels"]),
-            "sizes": {str(aspect): _check_size(f"{key}.sizes", aspect, size) for aspect, size in sizes.items()},
-        }
-    return checked
-
-
-def _check_size(key: str, aspect: object, size: object) -> tuple[int, int]:
-    try:
-        ratio = float(aspect)
-    except (TypeError, ValueError):
-        ratio = math.nan
-    if not (ratio > 0 and math.isfinite(ratio)):
-        raise ConfigError(key, aspect, "the key must be an aspect ratio, height / width, such as '0.56'.")
-    if not isinstance(size, (list, tuple)) or len(size) != 2 or not all(_is_int(n) and n >= MIN_SIDE for n in size):
-        raise ConfigError(f"{key}.{aspect}", size, f"it must be [height, width] in pixels, at least {MIN_SIDE} each.")
-    return int(size[0]), int(size[1])

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from stdit_fast.media.read import BadSample, decode_clip, decode_image, is_image
 from stdit_fast.train.buckets import Bucket, Buckets
 from stdit_fast.train.metadata import Metadata, Sample
 from stdit_fast.train.randomness import sample_rng
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
-from stdit_fast.train.video import BadSample, decode_clip, decode_image, is_image
 
 # What Open-Sora 1.1 gives the model as the frame rate of an image.
 IMAGE_FPS = 120.0

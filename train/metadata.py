@@ -18,7 +18,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from stdit_fast.errors import ConfigError
-from stdit_fast.train.video import DEFAULT_FPS, BadSample, probe
+from stdit_fast.media.read import DEFAULT_FPS, BadSample, probe
 
 REQUIRED = {"path": pa.string(), "text": pa.string()}
 OPTIONAL = {"num_frames": pa.float64(), "height": pa.float64(), "width": pa.float64(), "fps": pa.float64()}

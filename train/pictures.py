@@ -1,34 +1,38 @@
 """What a person looks at after a run: the loss curve, and contact sheets of training batches."""
 
-import io
 import json
 import math
 import os
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.files import whole_file
+from stdit_fast.media.pictures import (
+    GAP,
+    ROW_WIDTH,
+    blank,
+    caption_height,
+    font,
+    frame_image,
+    frame_size,
+    spread,
+    wrap,
+    write_caption,
+    write_rows,
+)
 
 CONDITION_COLOUR = "#ff6f00"
 CURVE_COLOUR = "#1f5fa8"
 VALIDATION_COLOUR = "#c62828"
 
-SHEET_WIDTH = 1920  # all sizes in pixels
-MARGIN = 24
-GAP = 4  # between the frames of a sample
-BORDER = 4  # of a condition frame
+BORDER = 4  # of a condition frame, in pixels
 TILE_GAP = 20  # between samples
-MAX_FRAME_HEIGHT = 136
-CAPTION_SIZE = 14
-CAPTION_LINES = 2
 
 
 def read_metrics(metrics_jsonl: str | os.PathLike) -> list[dict]:
@@ -77,9 +81,8 @@ def loss_curve(metrics_jsonl: str | os.PathLike, out_png: str | os.PathLike, *, 
     if below:
         _draw_optimizer(axes[1], series["grad_norm"], series["lr"])
     axes[-1].set_xlabel("step")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    _write(out_png, picture.getvalue())
+    with whole_file(out_png) as draft:
+        figure.savefig(draft, format="png")
 
 
 def _series(records: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -193,39 +196,18 @@ def contact_sheets(
     rows = [_legend(title, any(p.decoded is not None for p in panels))]
     for panel in panels:
         rows += _draw_panel(panel, max_samples, max_frames)
-    height = sum(row.height for row in rows) + 2 * MARGIN
-    sheet = Image.new("RGB", (SHEET_WIDTH, height), "white")
-    top = MARGIN
-    for row in rows:
-        sheet.paste(row, (MARGIN, top))
-        top += row.height
-    picture = io.BytesIO()
-    sheet.save(picture, format="PNG")
-    _write(out_png, picture.getvalue())
-
-
-@lru_cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
-
-
-def _blank(height: int, width: int = SHEET_WIDTH - 2 * MARGIN) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (width, height), "white")
-    return image, ImageDraw.Draw(image)
+    write_rows(rows, out_png)
 
 
 def _legend(title: str, has_decoded: bool) -> Image.Image:
-    image, draw = _blank(40)
+    image, draw = blank(40)
     x = 0
     if title:
-        draw.text((x, 0), title, "black", _font(22, bold=True))
-        x = int(draw.textlength(title, _font(22, bold=True))) + 40
+        draw.text((x, 0), title, "black", font(22, bold=True))
+        x = int(draw.textlength(title, font(22, bold=True))) + 40
     draw.rectangle((x, 3, x + 32, 23), "#dddddd", CONDITION_COLOUR, BORDER)
     text = "condition frame" + ("      each sample: the frames, below them their reconstruction" if has_decoded else "")
-    draw.text((x + 42, 4), text, "black", _font(16))
+    draw.text((x + 42, 4), text, "black", font(16))
     return image
 
 
@@ -233,39 +215,32 @@ def _draw_panel(panel: Panel, max_samples: int, max_frames: int) -> list[Image.I
     """The panel's heading, then rows of as many tiles as fit beside each other."""
     batch, _, num_frames, height, width = panel.video.shape
     shown = min(batch, max_samples)
-    columns = np.unique(np.linspace(0, num_frames - 1, min(num_frames, max_frames)).round().astype(int))
-    available = SHEET_WIDTH - 2 * MARGIN
-    frame_width = min(MAX_FRAME_HEIGHT * width / height, (available + GAP) / len(columns) - GAP)
-    size = (max(1, int(frame_width)), max(1, round(frame_width * height / width)))
+    columns = spread(num_frames, max_frames)
+    size = frame_size(height, width, len(columns))
     tile_width = len(columns) * (size[0] + GAP) - GAP
-    per_row = max(1, (available + TILE_GAP) // (tile_width + TILE_GAP))
+    per_row = max(1, (ROW_WIDTH + TILE_GAP) // (tile_width + TILE_GAP))
 
-    heading, draw = _blank(34)
+    heading, draw = blank(34)
     facts = [panel.title] if panel.title else []
     facts.append(f"{num_frames} frames" if num_frames > 1 else "images")
     facts.append(f"{width} x {height} pixels")
     facts.append(f"{shown} of {batch} samples" if shown < batch else f"{batch} sample{'s' * (batch > 1)}")
     if len(columns) < num_frames:
         facts.append(f"{len(columns)} frames shown")
-    draw.line((0, 0, available, 0), "#bbbbbb")
-    draw.text((0, 8), "   ".join(facts), "#333333", _font(16, bold=True))
+    draw.line((0, 0, ROW_WIDTH, 0), "#bbbbbb")
+    draw.text((0, 8), "   ".join(facts), "#333333", font(16, bold=True))
 
     rows = [heading]
     for start in range(0, shown, per_row):
         samples = range(start, min(start + per_row, shown))
-        captions = [_wrap(panel.captions[sample], tile_width) for sample in samples]
+        captions = [wrap(panel.captions[sample], tile_width) for sample in samples]
         lines = max(len(caption) for caption in captions)
         tiles = [_draw_tile(panel, sample, columns, size, captions[sample - start], lines) for sample in samples]
-        row, _ = _blank(tiles[0].height + TILE_GAP)
+        row, _ = blank(tiles[0].height + TILE_GAP)
         for place, tile in enumerate(tiles):
             row.paste(tile, (place * (tile_width + TILE_GAP), 0))
         rows.append(row)
     return rows
-
-
-def _wrap(caption: str, width: int) -> list[str]:
-    characters = max(8, int(width / _font(CAPTION_SIZE).getlength("n")))
-    return textwrap.wrap(caption, characters, max_lines=CAPTION_LINES, placeholder=" …")
 
 
 def _draw_tile(
@@ -273,32 +248,17 @@ def _draw_tile(
 ) -> Image.Image:
     """One sample: its caption in the room of `lines` lines, its strip of frames, and their reconstruction."""
     strips = [panel.video[sample]] + ([] if panel.decoded is None else [panel.decoded[sample]])
-    text_height = lines * (CAPTION_SIZE + 4) + 4
+    text_height = caption_height(lines)
     height = text_height + len(strips) * (size[1] + GAP) - GAP
-    tile, draw = _blank(height, len(columns) * (size[0] + GAP) - GAP)
-    for row, line in enumerate(caption):
-        draw.text((0, row * (CAPTION_SIZE + 4)), line, "black", _font(CAPTION_SIZE))
+    tile, draw = blank(height, len(columns) * (size[0] + GAP) - GAP)
+    write_caption(draw, caption)
     for place, frame in enumerate(columns):
         left = place * (size[0] + GAP)
         is_condition = panel.x_mask is not None and not bool(panel.x_mask[sample, frame])
         for row, strip in enumerate(strips):
             top = text_height + row * (size[1] + GAP)
-            tile.paste(_frame_image(strip[:, frame], size), (left, top))
+            tile.paste(frame_image(strip[:, frame], size), (left, top))
             if is_condition and row == 0:
                 box = (left, top, left + size[0] - 1, top + size[1] - 1)
                 draw.rectangle(box, outline=CONDITION_COLOUR, width=BORDER)
     return tile
-
-
-def _frame_image(frame: Tensor, size: tuple[int, int]) -> Image.Image:
-    """A frame [3, H, W] in [-1, 1] as an image of `size` (width, height)."""
-    values = ((frame.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
-    return Image.fromarray(values.movedim(0, -1).contiguous().numpy()).resize(size, Image.Resampling.LANCZOS)
-
-
-def _write(path: str | os.PathLike, data: bytes) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

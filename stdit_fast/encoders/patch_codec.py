@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from stdit_fast.encoders.autoencoder import DOWNSAMPLE, LATENT_CHANNELS, FrameAutoencoder
+from stdit_fast.encoders.modules import ConfigMixin, ModelMixin, register_to_config
 
 PATCH = DOWNSAMPLE
 VALUES = 3 * PATCH * PATCH  # of a patch, ordered [3, PATCH, PATCH]
@@ -39,21 +40,43 @@ SHAPES = {
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
-class PatchCodec(FrameAutoencoder):
+class PatchCodec(FrameAutoencoder, ModelMixin, ConfigMixin):
     """The linear codec as two convolutions, in float32. It has no posterior: posterior noise is ignored.
 
+    Its parameters are those that come with the package, unless `from_parameters` or `from_pretrained` gives others.
+
     Args:
-        parameters: what `fit_patch_codec` returned; None: those that come with the package.
         micro_batch_size: see FrameAutoencoder.
     """
 
-    def __init__(self, parameters: dict[str, Tensor] | None = None, micro_batch_size: int | None = None):
+    _keep_in_fp32_modules = list(SHAPES)  # whatever a pipeline is loaded in
+
+    @register_to_config
+    def __init__(self, micro_batch_size: int | None = None):
         super().__init__(micro_batch_size)
-        parameters = load_file(EMBEDDED) if parameters is None else parameters
+        for name, value in load_file(EMBEDDED).items():
+            self.register_buffer(name, value)
+
+    @classmethod
+    def from_parameters(cls, parameters: dict[str, Tensor], micro_batch_size: int | None = None) -> "PatchCodec":
+        """The codec of what `fit_patch_codec` returned."""
+        codec = cls(micro_batch_size)
         for name, shape in SHAPES.items():
             if tuple(parameters[name].shape) != shape:
                 raise ValueError(f"{name} must be {list(shape)}, got {list(parameters[name].shape)}")
-            self.register_buffer(name, parameters[name].float())
+            setattr(codec, name, parameters[name].float())
+        return codec
+
+    def to(self, *args, **kwargs) -> "PatchCodec":
+        return nn.Module.to(self, *args, **kwargs)  # without ModelMixin's warning: `_apply` keeps float32
+
+    def _apply(self, fn, recurse=True):
+        """Moves the buffers and leaves them float32: a pipeline is cast as a whole."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            self._buffers[name] = value.to(self._buffers[name].device)
+        return self
 
     def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         # a strided convolution without padding leaves out what does not fill a patch on the right and at the bottom
@@ -160,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     frames = {(clip.name, h): resize(read_frames(clip), h) for clip in options.clips for h in options.heights}
     parameters = fit_patch_codec(list(frames.values()))
-    codec = PatchCodec(parameters)
+    codec = PatchCodec.from_parameters(parameters)
     for (name, height), group in frames.items():
         print(f"{name} at height {height}: {psnr(codec, group):.2f} dB")
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}")

@@ -9,10 +9,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from stdit_fast.encoders.modules import ConfigMixin, ModelMixin, register_to_config
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
 from stdit_fast.errors import NODEPS_INSTALL, ConfigError
 
 MINILM = "minilm-embeddings"
+TOKENIZER_FILE = "tokenizer.json"
 
 
 class TextStates(NamedTuple):
@@ -74,29 +76,55 @@ class T5TextEncoder(nn.Module):
         return TextStates(states, mask)
 
 
-class MiniLMEmbeddings(nn.Module):
+class MiniLMEmbeddings(ModelMixin, ConfigMixin):
     """The input embeddings of all-MiniLM-L6-v2: no network, 384 channels, one fixed vector a token.
 
     Captions that share words share states, which is what learning from captions needs; word order is lost. Each
     row is scaled to unit root mean square: as stored they are near 0.05 and differ from token to token, and the
     model's caption projection, initialised with standard deviation 0.02, would hardly see them.
 
+    Saved and loaded as diffusers' models are, its tokenizer beside it.
+
     Args:
-        table: [vocabulary, 384] embeddings.
-        tokenizer: a tokenizers.Tokenizer; its special tokens stay, so no caption is empty.
+        vocabulary, channels: size of the table.
         max_length: tokens of a caption, special tokens included; longer captions are cut and counted.
     """
 
-    def __init__(self, table: Tensor, tokenizer, max_length: int = 200):
+    @register_to_config
+    def __init__(self, vocabulary: int = 30522, channels: int = 384, max_length: int = 200):
         super().__init__()
-        rms = table.float().square().mean(1, keepdim=True).sqrt()
-        self.register_buffer("table", (table.float() / rms.clamp_min(1e-6)).to(table.dtype))
-        tokenizer.enable_truncation(max_length)
-        tokenizer.enable_padding(length=max_length, pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")
-        self.tokenizer = tokenizer
-        self.channels = table.shape[1]
-        self.max_length = max_length
+        self.register_buffer("table", torch.zeros(vocabulary, channels))
+        self.channels, self.max_length = channels, max_length
         self.truncated = 0
+
+    @classmethod
+    def from_table(cls, table: Tensor, tokenizer, max_length: int = 200) -> "MiniLMEmbeddings":
+        """Of embeddings [vocabulary, channels] and a tokenizers.Tokenizer.
+
+        Its special tokens stay, so no caption is empty.
+        """
+        embeddings = cls(*table.shape, max_length)
+        rms = table.float().square().mean(1, keepdim=True).sqrt()
+        embeddings.table = (table.float() / rms.clamp_min(1e-6)).to(table.dtype)
+        embeddings._take(tokenizer)
+        return embeddings
+
+    def _take(self, tokenizer) -> None:
+        tokenizer.enable_truncation(self.max_length)
+        tokenizer.enable_padding(length=self.max_length, pad_id=tokenizer.token_to_id("[PAD]"), pad_token="[PAD]")
+        self.tokenizer = tokenizer
+
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        self.tokenizer.save(str(Path(save_directory) / TOKENIZER_FILE))
+
+    @classmethod
+    def from_pretrained(cls, path, **kwargs) -> "MiniLMEmbeddings":
+        from tokenizers import Tokenizer
+
+        embeddings = super().from_pretrained(path, **kwargs)
+        embeddings._take(Tokenizer.from_file(str(Path(path) / kwargs.get("subfolder", "") / TOKENIZER_FILE)))
+        return embeddings
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextStates:
@@ -136,7 +164,7 @@ def load_text_encoder(
         raise ConfigError("encoders.max_length", max_length, "a caption needs at least 2 tokens; T5's training had 200")
     if name_or_path == MINILM:
         table, tokenizer = _read_minilm(key)
-        return MiniLMEmbeddings(table, tokenizer, max_length).to(device, dtype)
+        return MiniLMEmbeddings.from_table(table, tokenizer, max_length).to(device, dtype)
     (model, info), tokenizer = load_pretrained(
         key, name_or_path, lambda source, local: _load_t5(key, name_or_path, source, local, dtype)
     )

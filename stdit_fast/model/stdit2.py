@@ -83,6 +83,17 @@ class Conditioning(NamedTuple):
     rotation: Tensor
 
 
+class TextContext(NamedTuple):
+    """Captions as the blocks read them.
+
+    kv: [M, depth, 2, H, D], keys and values of the packed text for each block.
+    layout: where each sample's tokens lie in it.
+    """
+
+    kv: Tensor
+    layout: ops.TextLayout
+
+
 class STDiT2Block(nn.Module):
     """Spatial attention, temporal attention, cross attention, MLP, each on the residual stream.
 
@@ -242,7 +253,7 @@ class STDiT2(PreTrainedModel):
         self,
         x: Tensor,
         timestep: Tensor,
-        y: Tensor,
+        y: "Tensor | TextContext",
         mask: Tensor | None = None,
         x_mask: Tensor | None = None,
         num_frames: Tensor | None = None,
@@ -257,7 +268,8 @@ class STDiT2(PreTrainedModel):
         Args:
             x: [B, C_in, T, H, W] noised latents.
             timestep: [B] diffusion timesteps, integers (a plugin that casts floats must not round them).
-            y: [B, 1, L, caption_channels] text states, L at most model_max_length.
+            y: [B, 1, L, caption_channels] text states, L at most model_max_length; or what `encode_text` made of
+                them, where the same captions serve several predictions (mask and drop_caption then say nothing).
             mask: [B, L], nonzero where a token is real; None: all are. On the CPU it costs no synchronisation.
             x_mask: [B, T], False where a frame is a condition and counts as timestep 0; None: no conditions.
             num_frames, height, width, ar, fps: [B], of the video in frames, pixels, pixels, height/width,
@@ -286,7 +298,7 @@ class STDiT2(PreTrainedModel):
         t_zero = None if x_mask is None else self.t_embedder(torch.zeros_like(timestep))
         spatial = self._per_frame(self.t_block, t, t_zero, size, x_mask)
         temporal = self._per_frame(self.t_block_temp, t, t_zero, length, x_mask)
-        text, layout = self._embed_text(y, mask, drop_caption)
+        text, layout = y if isinstance(y, TextContext) else self._embed_text(y, mask, drop_caption)
         rotation = ops.rotation_table(self.rope.freqs, x.shape[2])
         modulation = torch.cat((spatial, temporal), dim=-1)
         self.last_checkpointed = self._count_checkpointed(tokens)
@@ -316,7 +328,8 @@ class STDiT2(PreTrainedModel):
         """All blocks, the first `checkpointed` under checkpointing: the residual stream and what is left to be added.
 
         Args:
-            x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C].
+            x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C], or its keys and
+                values [M, depth, 2, H, D].
         """
         cond = Conditioning(layout, rotation)
         # What depends on no block's x is made for all blocks at once: modulation [depth, B, 1 or T, 9, C], and the
@@ -324,10 +337,7 @@ class STDiT2(PreTrainedModel):
         tables = torch.cat([t for b in self.blocks for t in (b.scale_shift_table, b.scale_shift_table_temporal)])
         tables = tables.view(len(self.blocks), 1, 1, 9, -1)
         modulations = (tables + modulation.unflatten(-1, (9, -1))).unbind(0)
-        linears = [block.cross_attn.kv_linear for block in self.blocks]
-        kv = F.linear(text, torch.cat([linear.weight for linear in linears]), torch.cat([li.bias for li in linears]))
-        heads = (len(linears), 2, self.config.num_heads, self.config.head_dim)
-        kvs = kv.unflatten(-1, heads).unbind(1)
+        kvs = (text if text.dim() == 5 else self._keys_and_values(text)).unbind(1)
 
         branch = None
         for i, (block, *args) in enumerate(zip(self.blocks, modulations, kvs, strict=True)):
@@ -338,6 +348,29 @@ class STDiT2(PreTrainedModel):
             else:
                 x, branch = block(x, branch, *args, cond)
         return x, branch
+
+    def encode_text(self, y: Tensor, mask: Tensor | None = None, drop_caption: Tensor | None = None) -> "TextContext":
+        """What the blocks read of captions, for any number of predictions with them.
+
+        Args:
+            y, mask: as in `forward`.
+            drop_caption: [B] bool, captions to replace by the empty one, as the unconditional half of a guided batch
+                does; None: none.
+        """
+        cfg = self.config
+        if y.dim() != 4 or y.shape[1] != 1 or y.shape[3] != cfg.caption_channels:
+            raise ValueError(f"y has shape {list(y.shape)}, expected [B, 1, L, {cfg.caption_channels}]")
+        self._check_text_length(y.shape[2])
+        if drop_caption is None:
+            drop_caption = torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
+        text, layout = self._embed_text(y, mask, drop_caption)
+        return TextContext(self._keys_and_values(text), layout)
+
+    def _keys_and_values(self, text: Tensor) -> Tensor:
+        """Of packed text [M, C] for all blocks, by one GEMM: [M, depth, 2, H, D]."""
+        linears = [block.cross_attn.kv_linear for block in self.blocks]
+        kv = F.linear(text, torch.cat([linear.weight for linear in linears]), torch.cat([li.bias for li in linears]))
+        return kv.unflatten(-1, (len(linears), 2, self.config.num_heads, self.config.head_dim))
 
     def _graph(self, x: Tensor, modulation: Tensor, layout: ops.TextLayout):
         """The CUDA graph that runs the blocks on this batch, if there is one."""
@@ -374,10 +407,13 @@ class STDiT2(PreTrainedModel):
         if x.dim() != 5 or x.shape[1] != cfg.in_channels or x.numel() == 0:
             raise ValueError(f"x has shape {list(x.shape)}, expected [B, {cfg.in_channels}, T, H, W] with no size 0")
         batch, frames = x.shape[0], x.shape[2]
-        if y.dim() != 4 or y.shape[:2] != (batch, 1) or y.shape[3] != cfg.caption_channels:
+        if isinstance(y, TextContext):
+            if len(y.layout.lengths) != batch:
+                raise ValueError(f"y holds the text of {len(y.layout.lengths)} samples, expected {batch}")
+        elif y.dim() != 4 or y.shape[:2] != (batch, 1) or y.shape[3] != cfg.caption_channels:
             raise ValueError(f"y has shape {list(y.shape)}, expected [{batch}, 1, L, {cfg.caption_channels}]")
-        if not 1 <= y.shape[2] <= cfg.model_max_length:
-            raise ValueError(f"y has {y.shape[2]} tokens, expected 1 to model_max_length = {cfg.model_max_length}")
+        else:
+            self._check_text_length(y.shape[2])
         if x_mask is not None and x_mask.shape != (batch, frames):
             raise ValueError(f"x_mask has shape {list(x_mask.shape)}, expected [{batch}, {frames}]")
         scalars = dict(timestep=timestep, num_frames=num_frames, height=height, width=width, ar=ar, fps=fps)
@@ -385,6 +421,11 @@ class STDiT2(PreTrainedModel):
             if value is None or value.shape != (batch,):
                 got = "is missing" if value is None else f"has shape {list(value.shape)}"
                 raise ValueError(f"{name} {got}, expected a tensor of shape [{batch}]")
+
+    def _check_text_length(self, tokens: int) -> None:
+        most = self.config.model_max_length
+        if not 1 <= tokens <= most:
+            raise ValueError(f"y has {tokens} tokens, expected 1 to model_max_length = {most}")
 
     # --------------------------------------------------------- checkpointing
 

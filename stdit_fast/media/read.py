@@ -1,4 +1,4 @@
-"""Reading clips and images: only the frames of the crop, resized and centre-cropped to the bucket.
+"""Reading clips and images: only the frames that are asked for, resized and centre-cropped to the size asked for.
 
 A clip is decoded from the keyframe before its crop to the crop's last frame, and only the frames that are used are
 converted; frames that no other frame refers to are not even decoded unless they are used.
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 from PIL import Image, ImageOps
+
+from stdit_fast.media.pixels import from_pixels
 
 # Without full chroma and accurate rounding swscale darkens by 1.4 of 255; bit-exact: the same on another processor.
 RESIZING = Interpolation.BICUBIC | Interpolation.FULL_CHR_H_INT | Interpolation.ACCURATE_RND | Interpolation.BITEXACT
@@ -70,12 +72,12 @@ def probe(path: str | Path) -> Probe:
         BadSample: the file is missing, empty, corrupt or holds no video.
     """
     if is_image(path):
-        with _open_image(path) as image:
+        with open_image(path) as image:
             height, width = image.height, image.width
             if image.getexif().get(0x0112, 1) >= 5:  # orientations 5 to 8 turn the image by 90 degrees
                 height, width = width, height
             return Probe(1, height, width, 0.0)
-    with _open_video(path) as (container, stream):
+    with open_video(path) as (container, stream):
         fps = float(stream.average_rate or stream.guessed_rate or 0) or DEFAULT_FPS
         num_frames = stream.frames
         frame = next(container.decode(stream), None)
@@ -83,7 +85,7 @@ def probe(path: str | Path) -> Probe:
             raise BadSample("empty: no frame can be decoded")
         height, width = _displayed_size(frame)
     if not num_frames:  # containers such as Matroska do not state it
-        with _open_video(path) as (container, stream):
+        with open_video(path) as (container, stream):
             num_frames = sum(1 for packet in container.demux(stream) if packet.size)
     return Probe(num_frames, height, width, fps)
 
@@ -110,18 +112,22 @@ def decode_clip(
     Raises:
         BadSample: the file is missing, empty, corrupt, undecodable or has too few frames.
     """
-    indices = start + np.arange(num_frames) * frame_interval
-    pixels = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+    return decode_frames(path, start + np.arange(num_frames) * frame_interval, height=height, width=width)
+
+
+def decode_frames(path: str | Path, indices: np.ndarray, *, height: int, width: int) -> torch.Tensor:
+    """The frames of a clip with these indices (int, ascending, none twice), otherwise as `decode_clip`."""
+    pixels = np.empty((len(indices), height, width, 3), dtype=np.uint8)
     try:
-        with _open_video(path) as (container, stream):
+        with open_video(path) as (container, stream):
             frames = _seek_frames(container, stream, indices)
             filled = _fill(pixels, frames)
     except _SeekFailed:
-        with _open_video(path) as (container, stream):
+        with open_video(path) as (container, stream):
             filled = _fill(pixels, _count_frames(container, stream, indices))
-    if filled < num_frames:
+    if filled < len(indices):
         raise BadSample(f"too short: frame {indices[filled]} is not there")
-    return _normalised(pixels)
+    return from_pixels(pixels)
 
 
 def decode_image(path: str | Path, *, height: int, width: int) -> torch.Tensor:
@@ -135,11 +141,16 @@ def decode_image(path: str | Path, *, height: int, width: int) -> torch.Tensor:
     Raises:
         BadSample: the file is missing, empty or corrupt.
     """
-    with _open_image(path) as opened:
-        image = _to_rgb(ImageOps.exif_transpose(opened))
+    with open_image(path) as opened:
+        image = upright_rgb(opened)
+    return fit_image(image, height=height, width=width)
+
+
+def fit_image(image: Image.Image, *, height: int, width: int) -> torch.Tensor:
+    """What `decode_image` does after decoding, to an RGB image that stands upright."""
     fit = cover(image.height, image.width, height, width)
     resized = np.asarray(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
-    return _normalised(fit.crop(resized)[None])
+    return from_pixels(fit.crop(resized)[None])
 
 
 @dataclass(frozen=True)
@@ -165,14 +176,8 @@ def cover(source_height: int, source_width: int, height: int, width: int) -> Cov
     )
 
 
-def _normalised(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [T, H, W, 3] to float32 [3, T, H, W] in [-1, 1]."""
-    channels_first = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
-    return torch.from_numpy(channels_first).to(torch.float32).div_(127.5).sub_(1)
-
-
 @contextmanager
-def _open_image(path: str | Path):
+def open_image(path: str | Path):
     """The opened image; whatever Pillow finds wrong with it, also while it is read, becomes a BadSample."""
     try:
         with Image.open(path) as image:
@@ -192,14 +197,16 @@ def _reason(path: str | Path, error: Exception) -> str:
     return f"corrupt: {getattr(error, 'strerror', None) or error}"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, turned as its orientation tag says."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to 8 instead of scaling them
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     return image.convert("RGB")
 
 
 @contextmanager
-def _open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+def open_video(path: str | Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The opened container and its video stream; whatever libav finds wrong becomes a BadSample."""
     try:
         with av.open(str(path), **LENIENT) as container:
@@ -223,7 +230,8 @@ def _seek_frames(container, stream, indices: np.ndarray) -> Iterator[av.VideoFra
         _SeekFailed: the times are missing or out of order, or lead to no answer.
     """
     rate = stream.average_rate
-    if stream.start_time is None or not rate or container.format.name == "avi":  # AVI stores no presentation times
+    # AVI stores no presentation times, GIF times that are rounded and no rate.
+    if stream.start_time is None or not rate or container.format.name in ("avi", "gif"):
         raise _SeekFailed
     step = 1 / float(rate * stream.time_base)
     times = stream.start_time + indices * step

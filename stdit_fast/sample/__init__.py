@@ -1,0 +1,1 @@
+"""Sampling: from prompts and conditions to videos."""

@@ -12,13 +12,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stdit_fast.media.read import BadSample, decode_clip, decode_image, is_image
+from stdit_fast.model.config import IMAGE_FPS
 from stdit_fast.train.buckets import Bucket, Buckets
 from stdit_fast.train.metadata import Metadata, Sample
 from stdit_fast.train.randomness import sample_rng
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
-
-# What Open-Sora 1.1 gives the model as the frame rate of an image.
-IMAGE_FPS = 120.0
 
 
 class NoGoodSample(RuntimeError):

@@ -90,10 +90,7 @@ def denoise(
         raise ValueError(
             f"latents are {list(latents.shape)} {latents.dtype}, expected [B, C, T, H, W] in float32 or 64"
         )
-    if not math.isfinite(guidance):
-        raise ConfigError("guidance", guidance, "choose a finite scale; 1 is none")
-    _check_guidance_channels(guidance_channels, latents.shape[1])
-    _check_scheduler(scheduler, num_steps)
+    check_settings(scheduler, num_steps, guidance, guidance_channels, latents.shape[1])
     draw = _noise_source(generators, latents)
     edit = _check_edit(edit, latents)
     scheduler.set_timesteps(num_steps)
@@ -206,7 +203,11 @@ def _check_guidance_channels(channels: int | None, available: int) -> int:
     return channels
 
 
-def _check_scheduler(scheduler, num_steps: int) -> None:
+def check_settings(scheduler, num_steps: int, guidance: float, guidance_channels: int | None, channels: int) -> None:
+    """Raises ConfigError for what `denoise` would refuse of these, for latents of so many channels."""
+    if not math.isfinite(guidance):
+        raise ConfigError("guidance", guidance, "choose a finite scale; 1 is none")
+    _check_guidance_channels(guidance_channels, channels)
     if not isinstance(scheduler, tuple(SCHEDULERS.values())):
         raise ConfigError("scheduler", type(scheduler).__name__, "make it with make_scheduler")
     check_num_steps(num_steps, len(scheduler))

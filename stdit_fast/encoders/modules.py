@@ -1,10 +1,12 @@
-"""diffusers' bases of models that a pipeline can save, imported without what an unused library says on the way.
+"""The base of encoders that a diffusers pipeline can save and load.
 
-diffusers imports bitsandbytes where it is installed (ColossalAI needs it), and that logs a warning about kernels that
-nothing here uses.
+diffusers is imported without what an unused library says on the way: it imports bitsandbytes where that
+is installed (ColossalAI needs it), which logs a warning about kernels that nothing here uses.
 """
 
 import logging
+
+from torch import nn
 
 _bitsandbytes = logging.getLogger("bitsandbytes")
 _level = _bitsandbytes.level
@@ -15,4 +17,15 @@ try:
 finally:
     _bitsandbytes.setLevel(_level)
 
-__all__ = ["ConfigMixin", "ModelMixin", "register_to_config"]
+__all__ = ["ModelMixin", "SavableModule", "register_to_config"]
+
+
+class SavableModule(ModelMixin, ConfigMixin):
+    """A module with save_pretrained and from_pretrained.
+
+    A pipeline loads a class only if the name ModelMixin is known in the class's own file.
+    """
+
+    def to(self, *args, **kwargs) -> "SavableModule":
+        # Not ModelMixin's, which warns of modules that stay float32, even where there are none.
+        return nn.Module.to(self, *args, **kwargs)

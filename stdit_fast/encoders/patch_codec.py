@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from stdit_fast.encoders.autoencoder import DOWNSAMPLE, LATENT_CHANNELS, FrameAutoencoder
-from stdit_fast.encoders.modules import ConfigMixin, ModelMixin, register_to_config
+from stdit_fast.encoders.modules import ModelMixin as ModelMixin  # diffusers looks for it here
+from stdit_fast.encoders.modules import SavableModule, register_to_config
 
 PATCH = DOWNSAMPLE
 VALUES = 3 * PATCH * PATCH  # of a patch, ordered [3, PATCH, PATCH]
@@ -40,7 +41,7 @@ SHAPES = {
 YCBCR = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
-class PatchCodec(FrameAutoencoder, ModelMixin, ConfigMixin):
+class PatchCodec(FrameAutoencoder, SavableModule):
     """The linear codec as two convolutions, in float32. It has no posterior: posterior noise is ignored.
 
     Its parameters are those that come with the package, unless `from_parameters` or `from_pretrained` gives others.
@@ -66,9 +67,6 @@ class PatchCodec(FrameAutoencoder, ModelMixin, ConfigMixin):
                 raise ValueError(f"{name} must be {list(shape)}, got {list(parameters[name].shape)}")
             setattr(codec, name, parameters[name].float())
         return codec
-
-    def to(self, *args, **kwargs) -> "PatchCodec":
-        return nn.Module.to(self, *args, **kwargs)  # without ModelMixin's warning: `_apply` keeps float32
 
     def _apply(self, fn, recurse=True):
         """Moves the buffers and leaves them float32: a pipeline is cast as a whole."""

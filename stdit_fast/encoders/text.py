@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from stdit_fast.encoders.modules import ConfigMixin, ModelMixin, register_to_config
+from stdit_fast.encoders.modules import ModelMixin as ModelMixin  # diffusers looks for it here
+from stdit_fast.encoders.modules import SavableModule, register_to_config
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
 from stdit_fast.errors import NODEPS_INSTALL, ConfigError
 
@@ -76,7 +77,7 @@ class T5TextEncoder(nn.Module):
         return TextStates(states, mask)
 
 
-class MiniLMEmbeddings(ModelMixin, ConfigMixin):
+class MiniLMEmbeddings(SavableModule):
     """The input embeddings of all-MiniLM-L6-v2: no network, 384 channels, one fixed vector a token.
 
     Captions that share words share states, which is what learning from captions needs; word order is lost. Each

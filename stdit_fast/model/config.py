@@ -12,6 +12,7 @@ logger = logging.getLogger(__name__)
 # Keys of a downloaded config that choose kernels. Which kernel runs is `backend`'s business alone, so that a
 # downloaded file can never switch to the slow path silently.
 KERNEL_KEYS = ("enable_flash_attn", "enable_layernorm_kernel")
+IMAGE_FPS = 120.0  # an image's frame rate, as Open-Sora 1.1 tells the model
 LEGACY_KEYS = ("qk_norm_legacy", "final_layer_legacy")
 
 

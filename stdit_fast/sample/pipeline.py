@@ -78,6 +78,17 @@ class STDiT2Pipeline(DiffusionPipeline):
         )
         self._predictor: Predictor | None = None
 
+    @classmethod
+    def of(
+        cls, transformer: STDiT2, autoencoder: FrameAutoencoder, text_encoder: TextEncoder, scheduler
+    ) -> "STDiT2Pipeline":
+        """A pipeline of what training works with (`load_autoencoder`, `load_text_encoder`)."""
+        vae = autoencoder.vae if isinstance(autoencoder, VideoAutoencoder) else autoencoder
+        tokenizer = None
+        if isinstance(text_encoder, T5TextEncoder):
+            text_encoder, tokenizer = text_encoder.model, text_encoder.tokenizer
+        return cls(transformer, vae, text_encoder, scheduler, tokenizer)
+
     # ----------------------------------------------------------------- calls
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 
 from stdit_fast import STDiT2
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.benchmarks.step import IMPLEMENTATIONS, build, make_inputs, parse_case, step_flops
+from stdit_fast.benchmarks.step import IMPLEMENTATIONS, TOKENS_OF_TEXT, build, make_inputs, parse_case, step_flops
 from stdit_fast.diffusion import denoise, make_scheduler
 from stdit_fast.model.prediction import Predictor
 
@@ -68,11 +68,7 @@ def run_samples(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
             assert out.isfinite().all()
 
         times = timed(sample, args.repeats, warmup=1)
-    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
-    text = (
-        4 * model.config.hidden_size**2 * 2 * batch * TOKENS_OF_TEXT * model.config.depth
-    )  # its keys and values, once
-    flops = args.steps * (step_flops(model.config, 2 * batch, frames, positions) // 3 - text)
+    flops = args.steps * prediction_flops(model, frames, height, width, 2 * batch)
     notes = {"what": "samples", "steps": args.steps, "guidance": GUIDANCE, "depth": args.depth}
     return Record.of_times("sample", case, impl, times, flops=flops, peak_gib=_peak(), notes=notes)
 
@@ -82,17 +78,13 @@ def run_forward(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
     frames, height, width, batch = parse_case(case)
     device = next(model.parameters()).device
     inputs = make_inputs(model.config, frames, height, width, batch, device.type)
-    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
-    records = []
     with torch.no_grad():
         predictor = bind(model, inputs, 2, cuda_graphs=impl == "fused")
         x, t = torch.cat((inputs["x"],) * 2), torch.cat((inputs["timestep"],) * 2)
         times = timed(lambda: predictor(x, t), args.repeats, warmup=4)
-    flops = step_flops(model.config, 2 * batch, frames, positions) // 3
+    flops = prediction_flops(model, frames, height, width, 2 * batch)
     notes = {"what": "forward", "depth": args.depth}
-    records.append(
-        Record.of_times("sample", case, f"{impl} forward", times, flops=flops, peak_gib=_peak(), notes=notes)
-    )
+    ours = Record.of_times("sample", case, f"{impl} forward", times, flops=flops, peak_gib=_peak(), notes=notes)
     model.train()
     kept = {}
 
@@ -103,9 +95,18 @@ def run_forward(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
     times = timed(forward, args.repeats, warmup=2)
     kept.clear()
     model.eval()
+    flops = prediction_flops(model, frames, height, width, batch)
     notes = {"what": "training forward", "depth": args.depth}
-    impl = f"{impl} training forward"
-    return [*records, Record.of_times("sample", case, impl, times, flops=both // 2, peak_gib=_peak(), notes=notes)]
+    name = f"{impl} training forward"
+    return [ours, Record.of_times("sample", case, name, times, flops=flops, peak_gib=_peak(), notes=notes)]
+
+
+def prediction_flops(model: STDiT2, frames: int, height: int, width: int, batch: int) -> int:
+    """Operations of one prediction, without the text's keys and values, which are made once for all steps."""
+    config = model.config
+    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
+    text = config.depth * batch * TOKENS_OF_TEXT * 4 * config.hidden_size**2
+    return step_flops(config, batch, frames, positions) // 3 - text
 
 
 def _peak() -> float | None:

@@ -161,6 +161,13 @@ def test_references_as_files(pipeline, tmp_path):
     assert out[0, :, 2:].std() > 0
 
 
+def test_a_size_beyond_whole_latents_is_told_and_not_seen(pipeline, monkeypatch):
+    seen = calls_of(pipeline, monkeypatch)
+    out = pipeline("a rabbit", **FAST | dict(height=38, width=52), output_type="np").frames
+    assert out.shape == (1, 4, 32, 48, 3)
+    assert seen[0]["height"].tolist() == [38, 38] and seen[0]["ar"].tolist() == pytest.approx([38 / 52] * 2)
+
+
 def test_loops(pipeline, monkeypatch):
     prompt = "|0| a rabbit |1| a street"
     options = FAST | dict(num_inference_steps=2, loops=3, condition_frame_length=1)
@@ -241,7 +248,7 @@ def test_slices_that_do_not_fit_are_halved(pipeline, monkeypatch):
         (dict(loops=2, condition_frame_length=4), "condition_frame_length", "1 to 3"),
         (dict(condition_frame_edit=2), "condition_frame_edit", "0 to 1"),
         (dict(fps=0), "fps", "above 0"),
-        (dict(height=33), "height", "multiple of 8"),
+        (dict(height=8), "height", "16 or more"),
         (dict(num_inference_steps=1001), "num_sampling_steps", "1 to 1000"),
         (dict(guidance_channels=9), "guidance_channels", "1 to 4"),
         (dict(generator=seeded(1, 2)), "generator", "one for each of the 1"),

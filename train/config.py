@@ -127,6 +127,40 @@ class ValidationConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """Samples of fixed prompts and noise, so that progress can be watched: TensorBoard, and a contact sheet.
+
+    Attributes:
+        every: optimizer steps between two; 0: never.
+        prompts: texts, each with references and conditions as JSON at its end where it has some:
+            'a sea {"reference_path": "sea.png", "mask_strategy": "0"}'.
+        resolution, aspect_ratio: the size by name, as in `buckets`, and "width:height" or a number, height / width;
+            quote the former in YAML.
+        height, width: the size in pixels, instead.
+        num_frames: 1 makes images.
+        fps: frames a second.
+        num_sampling_steps, scheduler: "iddpm", "ddim" or "dpm-solver++", and its steps.
+        guidance_scale: classifier-free guidance; 1: none, at half the time.
+        guidance_channels: of epsilon's channels that are guided, the first ones; null: all.
+        seed: of the noise, together with the prompt's number.
+    """
+
+    every: int = 0
+    prompts: list[str] = field(default_factory=list)
+    resolution: str | int | None = None
+    aspect_ratio: str | float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_frames: int = 16
+    fps: float = 24.0
+    num_sampling_steps: int = 20
+    scheduler: str = "dpm-solver++"
+    guidance_scale: float = 7.0
+    guidance_channels: int | None = None
+    seed: int = 42
+
+
+@dataclass
 class TrainConfig:
     """Everything a run needs.
 
@@ -135,7 +169,7 @@ class TrainConfig:
         resolutions: JSON file with further resolutions, which win over those of the package. The file is looked
             for under the name given, then beside the shipped configs.
         mask_ratios: share of each mask strategy, summing to 1.
-        outputs: folder of the run: checkpoints/, metrics.jsonl, tensorboard/, bad_samples.jsonl.
+        outputs: folder of the run: checkpoints/, samples/, metrics.jsonl, tensorboard/, bad_samples.jsonl.
         seed: of all randomness, together with epoch and sample.
         plugin: "zero2" (GPU), "ddp" (CPU, gloo), "auto".
         dtype: "bf16" with fp32 masters (zero2), "fp32" (ddp), "auto".
@@ -166,6 +200,7 @@ class TrainConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     outputs: str = "outputs"
     seed: int = 42
     plugin: str = "auto"
@@ -302,7 +337,9 @@ def check(config: TrainConfig) -> None:
             raise ConfigError(key, value, nearest(value, choices))
     for key in ("steps", "grad_accumulation", "keep_checkpoints", "ckpt_every", "log_every", "max_skipped_in_a_row"):
         _check_range(config, key, 1)
-    for key in ("warmup_steps", "seed", "dataset.num_workers", "validation.every", "weight_decay", "grad_clip"):
+    for key in ("warmup_steps", "seed", "dataset.num_workers", "weight_decay", "grad_clip"):
+        _check_range(config, key, 0)
+    for key in ("validation.every", "sampling.every", "sampling.seed"):
         _check_range(config, key, 0)
     for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket"):
         _check_range(config, key, 1)
@@ -328,6 +365,10 @@ def check(config: TrainConfig) -> None:
     MaskGenerator(config.mask_ratios)
     make_buckets(config)
     model_config(config, caption_channels=1)
+    if config.sampling.every > 0:
+        from stdit_fast.train.sampling import check_sampling  # brings in diffusers' pipelines, which take seconds
+
+        check_sampling(config)
 
 
 def _get(config: TrainConfig, key: str):
@@ -346,10 +387,10 @@ def _check_range(config: TrainConfig, key: str, low: float, high: float = math.i
 
 def make_buckets(config: TrainConfig) -> Buckets:
     """The buckets of a configuration; raises ConfigError for a table that cannot be."""
-    return Buckets(config.buckets, _resolutions_file(config.resolutions))
+    return Buckets(config.buckets, resolutions_file(config.resolutions))
 
 
-def _resolutions_file(name: str | None) -> Path | None:
+def resolutions_file(name: str | None) -> Path | None:
     """A table of sizes: the user's file of that name, else one that stands beside the shipped configs."""
     if name is None or Path(name).is_file():
         return None if name is None else Path(name)

@@ -11,21 +11,39 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from stdit_fast.train.checkpoint import newest_checkpoint
 from stdit_fast.train.demo_data import make_demo_data
 
 logger = logging.getLogger("demo")
 
-CONFIG = Path(__file__).with_name("configs") / "tiny.yaml"
+CONFIGS = Path(__file__).with_name("configs")
 PANELS = 3  # batches on the contact sheet
-STEPS, SHORT_STEPS = 600, 60
+
+
+class Plan(NamedTuple):
+    """How much of a demo is run."""
+
+    config: Path
+    steps: int
+    clips: int  # that samples are made of
+    sampling_steps: int
+
+
+PLANS = {
+    "cuda": Plan(CONFIGS / "demo_gpu.yaml", 8000, 3, 100),
+    "cpu": Plan(CONFIGS / "tiny.yaml", 600, 2, 30),
+    "short": Plan(CONFIGS / "tiny.yaml", 60, 1, 4),
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="stdit_fast.train.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help=f"{SHORT_STEPS} steps in place of {STEPS}")
+    parser.add_argument("--short", action="store_true", help="a few steps, to see that it runs")
     parser.add_argument("--clips", type=Path, default=Path("tests/data"), help="folder with the three clips")
     parser.add_argument("--outputs", type=Path, default=Path("outputs/demo"), help="where everything goes")
     args = parser.parse_args()
@@ -33,9 +51,10 @@ def main() -> int:
 
     run = args.outputs / "run"
     shutil.rmtree(run, ignore_errors=True)  # a demo starts anew; only its data set stays
-    table = make_demo_data(args.clips, args.outputs / "data")
-    steps = SHORT_STEPS if args.short else STEPS
-    shared = ["--config", str(CONFIG), "--dataset.data_path", str(table), "--outputs", str(run)]
+    table = make_demo_data(args.clips, args.outputs / "clips")
+    plan = PLANS["short" if args.short else "cuda" if torch.cuda.is_available() else "cpu"]
+    steps = plan.steps
+    shared = ["--config", str(plan.config), "--dataset.data_path", str(table), "--outputs", str(run)]
     shared += ["--ckpt_every", str(steps // 4), "--validation.every", str(steps // 4)]
 
     logger.info("Training the first half: %d steps.", steps // 2)
@@ -45,7 +64,12 @@ def main() -> int:
 
     first, last = _loss_ends(run / "metrics.jsonl", steps)
     pictures = draw(run, [*shared, "--steps", str(steps)])
-    checkpoint = sorted((run / "checkpoints").glob("step-*"))[-1]
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    logger.info("Sampling: from texts, from first frames, from halves of clips.")
+    samples = ["--checkpoint", str(checkpoint), "--out", str(run / "samples")]
+    samples += ["--count", str(plan.clips), "--steps", str(plan.sampling_steps)]
+    _run("stdit_fast.train.showcase", samples)
+    pictures["samples"] = run / "samples" / "samples.png"
     logger.info("\nThe loss fell from %.3f (mean of the first steps) to %.3f (mean of the last).", first, last)
     for what, path in (*pictures.items(), ("checkpoint", checkpoint)):
         logger.info("%-14s %s", what, path)
@@ -56,9 +80,13 @@ def main() -> int:
 
 
 def _train(arguments: list[str]) -> None:
-    """A run of its own process, as a user starts it."""
+    _run("stdit_fast.train", arguments)
+
+
+def _run(module: str, arguments: list[str]) -> None:
+    """A process of its own, as a user starts it."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-m", "stdit_fast.train", *arguments], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
 
 
 def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
@@ -72,8 +100,6 @@ def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
 
 def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
     """Writes the loss curve and a contact sheet of training batches with their condition frames; name -> path."""
-    import torch
-
     from stdit_fast.parallel.processes import launch
     from stdit_fast.train.build import build_data, build_diffusion, build_encoders
     from stdit_fast.train.config import parse

@@ -34,7 +34,7 @@ CAPTIONS = {
 SEGMENT_FRAMES = (36, 36, 20)  # in turn, so that there are clips for buckets of several lengths
 STILLS_EVERY = 12
 ASPECTS = {"wide": 9 / 16, "square": 1.0, "tall": 4 / 3}  # height / width
-LONG_SIDE = 256  # pixels; more than the small buckets need would only cost decoding time
+WIDTH, HEIGHT = 256, 144  # pixels that frames are scaled to cover; more would only cost decoding time
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ def make_demo_data(clips: Path, folder: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[list[np.ndarray], Fraction]:
-    """All frames as RGB [H, W, 3], scaled down to LONG_SIDE, and the frame rate."""
+    """All frames as RGB [H, W, 3], scaled to cover WIDTH x HEIGHT, and the frame rate."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        scale = min(1.0, LONG_SIDE / max(stream.width, stream.height))
+        scale = max(WIDTH / stream.width, HEIGHT / stream.height)
         size = {"width": round(stream.width * scale), "height": round(stream.height * scale)}
         return [f.to_ndarray(format="rgb24", **size) for f in container.decode(stream)], stream.average_rate
 

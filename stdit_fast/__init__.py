@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from stdit_fast.model.patch import patch_opensora
     from stdit_fast.model.stdit2 import STDiT2, STDiT2Config
     from stdit_fast.reporting import report
+    from stdit_fast.sample import Condition, STDiT2Pipeline
 
-__all__ = ["STDiT2", "STDiT2Config", "patch_opensora", "report"]
+__all__ = ["Condition", "STDiT2", "STDiT2Config", "STDiT2Pipeline", "patch_opensora", "report"]
 
 # Loaded when first asked for: `import stdit_fast` is quick and imports no torch. No submodule bears one of these
 # names, so that importing it could not take the name over.
@@ -19,6 +20,8 @@ _HOMES = {
     "STDiT2Config": "stdit_fast.model.stdit2",
     "patch_opensora": "stdit_fast.model.patch",
     "report": "stdit_fast.reporting",
+    "STDiT2Pipeline": "stdit_fast.sample",
+    "Condition": "stdit_fast.sample",
 }
 
 # Parts of the package that stand beside this folder in a checkout and inside it once installed.

@@ -184,6 +184,11 @@ def test_loops(pipeline, monkeypatch):
     assert texts[0] is not texts[1] and texts[1] is texts[2]  # encoded again only where it changes
 
 
+def test_a_text_that_is_cut_is_told(pipeline, caplog):
+    pipeline("rabbit " * 30, **FAST | dict(num_inference_steps=1), output_type="latent")
+    assert "1 of 1 texts had more than 12 tokens and were cut" in caplog.text
+
+
 def test_all_samplers_and_the_model_returns_to_training(pipeline):
     pipeline.transformer.train()
     for name in ("iddpm", "ddim", "dpm-solver++"):

@@ -1,4 +1,4 @@
-"""The base of encoders that a diffusers pipeline can save and load.
+"""What models and pipelines that can be saved are made of: diffusers' bases.
 
 diffusers is imported without what an unused library says on the way: it imports bitsandbytes where that
 is installed (ColossalAI needs it), which logs a warning about kernels that nothing here uses.
@@ -12,12 +12,13 @@ _bitsandbytes = logging.getLogger("bitsandbytes")
 _level = _bitsandbytes.level
 _bitsandbytes.setLevel(logging.CRITICAL)
 try:
+    from diffusers import DiffusionPipeline
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
 finally:
     _bitsandbytes.setLevel(_level)
 
-__all__ = ["ModelMixin", "SavableModule", "register_to_config"]
+__all__ = ["DiffusionPipeline", "ModelMixin", "SavableModule", "register_to_config"]
 
 
 class SavableModule(ModelMixin, ConfigMixin):

@@ -1,5 +1,6 @@
 """`STDiT2Pipeline`: text, images and videos to images and videos, a diffusers pipeline."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stdit_fast.diffusion.sampling import check_settings, denoise
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, VideoAutoencoder, latent_size
+from stdit_fast.encoders.modules import DiffusionPipeline
 from stdit_fast.encoders.text import T5TextEncoder, TextEncoder
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import to_pixels
@@ -25,6 +26,8 @@ from stdit_fast.sample.conditions import Condition, check_conditions, number_ref
 from stdit_fast.sample.prompts import Prompt, parse_prompt
 from stdit_fast.sample.references import load_reference, reference_frames
 from stdit_fast.sample.sizes import output_size
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 # Pixels that go through the autoencoder at once; halved when that does not fit.
@@ -77,6 +80,7 @@ class STDiT2Pipeline(DiffusionPipeline):
             transformer=transformer, vae=vae, text_encoder=text_encoder, scheduler=scheduler, tokenizer=tokenizer
         )
         self._predictor: Predictor | None = None
+        self._t5: T5TextEncoder | None = None
 
     @classmethod
     def of(
@@ -167,10 +171,10 @@ class STDiT2Pipeline(DiffusionPipeline):
         Raises:
             ConfigError: a setting that cannot be, at the first frame asked for, before anything slow.
         """
-        request = self._check(
-            prompt, num_frames, output_size(resolution, aspect_ratio, height, width), fps, references, conditions,
-            loops, condition_frame_length, condition_frame_edit,
-        )  # fmt: skip
+        size = output_size(resolution, aspect_ratio, height, width)
+        request = check_request(
+            prompt, num_frames, size, fps, references, conditions, loops, condition_frame_length, condition_frame_edit
+        )
         batch, channels = len(request.prompts), self.transformer.config.in_channels
         shape = (batch, channels, num_frames, *latent_size(request.height, request.width))
         check_settings(self.scheduler, num_inference_steps, guidance_scale, guidance_channels, channels)
@@ -211,6 +215,10 @@ class STDiT2Pipeline(DiffusionPipeline):
                 new = clip if loop == 0 else clip[:, :, request.condition_frames :]
                 yield self.decode_latents(new) if decode else new
 
+    def release(self) -> None:
+        """Gives back what calls keep for the next ones: the CUDA graphs and their memory."""
+        self._predictor = None
+
     # ----------------------------------------------------------------- parts
 
     @property
@@ -222,7 +230,9 @@ class STDiT2Pipeline(DiffusionPipeline):
         """The text encoder with its tokenizer."""
         if self.tokenizer is None:
             return self.text_encoder
-        return T5TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.model_max_length)
+        if self._t5 is None or self._t5.model is not self.text_encoder:
+            self._t5 = T5TextEncoder(self.text_encoder, self.tokenizer, self.transformer.config.model_max_length)
+        return self._t5
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """[B, 3, T, H, W] float32 in [-1, 1] of latents [B, 4, T, h, w], in slices of frames that fit."""
@@ -236,7 +246,11 @@ class STDiT2Pipeline(DiffusionPipeline):
         return self._predictor
 
     def _text_context(self, texts: list[str], guided: bool) -> TextContext:
-        states = self.texts.encode(texts)
+        encoder = self.texts
+        already_cut = encoder.truncated
+        states = encoder.encode(texts)
+        if cut := encoder.truncated - already_cut:
+            logger.warning("%d of %d texts had more than %d tokens and were cut", cut, len(texts), encoder.max_length)
         y, mask = states.states.to(self._execution_device), states.mask
         drop = torch.zeros(len(texts), dtype=torch.bool, device=y.device)
         if guided:  # the unconditional half has the empty caption at the length of its own, as in training
@@ -263,37 +277,51 @@ class STDiT2Pipeline(DiffusionPipeline):
         autoencoder = self.autoencoder
         return in_slices(autoencoder, autoencoder.encode, video, request.height * request.width)[0]
 
-    def _check(
-        self, prompt, num_frames, size, fps, references, conditions, loops, condition_frames, condition_edit
-    ) -> _Request:
-        for name, value, least in (("num_frames", num_frames, 1), ("loops", loops, 1)):
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(name, value, f"use a whole number, {least} or more")
-        if not (isinstance(fps, int | float) and 0 < fps < math.inf):
-            raise ConfigError("fps", fps, "use a number of frames a second above 0")
-        if loops > 1 and not (isinstance(condition_frames, int) and 0 < condition_frames < num_frames):
-            remedy = f"of a loop's {num_frames} frames, 1 to {num_frames - 1} can come from the loop before"
-            raise ConfigError("condition_frame_length", condition_frames, remedy)
-        if not 0 <= condition_edit <= 1:
-            raise ConfigError("condition_frame_edit", condition_edit, "use a number from 0 to 1")
-        prompts = [prompt] if isinstance(prompt, str | Prompt) else list(prompt)
-        if not prompts:
-            raise ConfigError("prompt", prompt, "give at least one")
-        parsed, all_conditions, all_references = [], [], []
-        shared = parse_mask_strategy(conditions) if isinstance(conditions, str) else list(conditions or [])
-        for one in prompts:
-            one = parse_prompt(one, loops) if isinstance(one, str) else one
-            one = Prompt(one.texts, one.references or list(references or []), one.conditions or shared)
-            one.check(loops)
-            placed, sources = number_references(one.conditions, one.references)
-            check_conditions(placed, [reference_frames(source) for source in sources], num_frames, loops)
-            parsed.append(one)
-            all_conditions.append(placed)
-            all_references.append(sources)
-        return _Request(
-            parsed, all_conditions, all_references, num_frames, *size, float(fps), loops,
-            condition_frames if loops > 1 else 0,
-        )  # fmt: skip
+
+def check_request(
+    prompt: str | Prompt | Sequence[str | Prompt],
+    num_frames: int,
+    size: tuple[int, int],
+    fps: float,
+    references: Sequence | None = None,
+    conditions: str | Sequence[Condition] | None = None,
+    loops: int = 1,
+    condition_frames: int = 4,
+    condition_edit: float = 0.0,
+) -> _Request:
+    """The arguments of `STDiT2Pipeline.clips` that no model is needed to check; `size` is (height, width).
+
+    Raises:
+        ConfigError: one that cannot be.
+    """
+    for name, value, least in (("num_frames", num_frames, 1), ("loops", loops, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ConfigError(name, value, f"use a whole number, {least} or more")
+    if not (isinstance(fps, int | float) and 0 < fps < math.inf):
+        raise ConfigError("fps", fps, "use a number of frames a second above 0")
+    if loops > 1 and not (isinstance(condition_frames, int) and 0 < condition_frames < num_frames):
+        remedy = f"of a loop's {num_frames} frames, 1 to {num_frames - 1} can come from the loop before"
+        raise ConfigError("condition_frame_length", condition_frames, remedy)
+    if not 0 <= condition_edit <= 1:
+        raise ConfigError("condition_frame_edit", condition_edit, "use a number from 0 to 1")
+    prompts = [prompt] if isinstance(prompt, str | Prompt) else list(prompt)
+    if not prompts:
+        raise ConfigError("prompt", prompt, "give at least one")
+    parsed, all_conditions, all_references = [], [], []
+    shared = parse_mask_strategy(conditions) if isinstance(conditions, str) else list(conditions or [])
+    for one in prompts:
+        one = parse_prompt(one, loops) if isinstance(one, str) else one
+        one = Prompt(one.texts, one.references or list(references or []), one.conditions or shared)
+        one.check(loops)
+        placed, sources = number_references(one.conditions, one.references)
+        check_conditions(placed, [reference_frames(source) for source in sources], num_frames, loops)
+        parsed.append(one)
+        all_conditions.append(placed)
+        all_references.append(sources)
+    return _Request(
+        parsed, all_conditions, all_references, num_frames, *size, float(fps), loops,
+        condition_frames if loops > 1 else 0,
+    )  # fmt: skip
 
 
 def in_slices(autoencoder: FrameAutoencoder, code, frames: Tensor, pixels: int) -> Tensor:

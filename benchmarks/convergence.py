@@ -47,6 +47,7 @@ def train(run: Path, table: Path, text_encoder: Path, steps: int, options: dict[
         "steps": steps,
         "ckpt_every": 10 * steps,
         "validation.every": 0,
+        "sampling.every": 0,
         "outputs": run,
     } | options
     command = [sys.executable, "-m", "stdit_fast.train"]

@@ -500,7 +500,7 @@ def test_bad_numbers_of_steps(name, num_steps):
         ({"edit": [1.0, 1.0]}, r"edit = \[2\]"),
         ({"edit": [[1.0], [1.0, 0.5]]}, r"edit = .*one number for each frame, \[2, 2\]"),
         ({"edit": [["a", 1], [1, 1]]}, "edit = .*one number for each frame"),
-        ({"guidance": math.nan}, "guidance = nan"),
+        ({"guidance": math.nan}, "guidance_scale = nan"),
         ({"guidance": 3.0, "guidance_channels": 5}, "guidance_channels = 5: choose 1 to 4"),
         ({"guidance_channels": 0}, "guidance_channels = 0"),
         ({"generators": generators(1, 2, 3)}, "generators = 3: .* 2 samples"),

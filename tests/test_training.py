@@ -188,6 +188,7 @@ def trainer(table, tmp_path):
     from stdit_fast.train.trainer import Trainer
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = set(os.environ)
 
     def make(outputs="run", data=table, **changes):
         return Trainer(parse(arguments(data, tmp_path / outputs, **changes)))
@@ -195,6 +196,8 @@ def trainer(table, tmp_path):
     yield make
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    for name in set(os.environ) - environment:  # a run in processes of its own would take rank and port for its own
+        del os.environ[name]
 
 
 def test_next_stage_with_and_without_the_optimizer(trainer, tmp_path):

@@ -6,6 +6,7 @@ checkpoints/step-00000500/
   optimizer/exp_avg.safetensors, exp_avg_sq.safetensors
   rng.safetensors                           generator states of each process
   state.json                                step, data position, counts, configuration, versions
+  samples.png                               where prompts were sampled at that step; it comes afterwards
 """
 
 import json
@@ -78,6 +79,10 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return newest_checkpoint(self.folder)
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, if there is one."""
+        return self.folder / f"step-{step:08d}"
+
     def save(self, step: int, state: TrainState, progress: dict) -> Path:
         """Writes a checkpoint and removes those beyond `keep`. All processes take part.
 
@@ -87,7 +92,7 @@ class Checkpoints:
         Raises:
             OSError: the disk refuses; the earlier checkpoints are untouched.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.path(step)
         writing = self.folder / f".writing-{final.name}"
         main, error = self.processes.is_main, None
         rng = self.processes.gather_objects(_generator_states())

@@ -139,7 +139,7 @@ class SamplingConfig:
         height, width: the size in pixels, instead.
         num_frames: 1 makes images.
         fps: frames a second.
-        num_sampling_steps, scheduler: "iddpm", "ddim" or "dpm-solver++", and its steps.
+        scheduler: "iddpm" (the original's), "ddim" or "dpm-solver++"; num_sampling_steps: its steps.
         guidance_scale: classifier-free guidance; 1: none, at half the time.
         guidance_channels: of epsilon's channels that are guided, the first ones; null: all.
         seed: of the noise, together with the prompt's number.

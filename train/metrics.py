@@ -3,13 +3,18 @@
 import json
 import math
 import os
+import tempfile
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.write import VideoWriter
 
 
 class Metrics:
@@ -56,6 +61,36 @@ class Metrics:
         self._write({"step": step, "val_loss": loss, "val_loss_per_bucket": per_bucket})
         self._to_boards(step, {"val_loss": loss} | {f"val_loss/{name}": v for name, v in per_bucket.items()})
 
+    def sampling(self, step: int, count: int, failed: int, seconds: float) -> None:
+        """Records how many prompts were sampled, how many samples failed in the run so far, and the time it took."""
+        values = {"samples": count, "failed_samples": failed, "sampling_seconds": seconds}
+        self._write({"step": step} | values)
+        self._to_boards(step, values)
+
+    def samples(self, step: int, videos: Mapping[str, np.ndarray], fps: float) -> None:
+        """Shows samples on the boards: videos as animated GIFs, which TensorBoard plays, single frames as PNGs.
+
+        Args:
+            videos: uint8 [T, H, W, 3] by name.
+            fps: frames a second.
+
+        Raises:
+            OSError: no room for temporary files.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (name, pixels) in enumerate(videos.items()):
+                path = Path(folder, f"{number}.{'png' if len(pixels) == 1 else 'gif'}")
+                with VideoWriter(path, fps) as writer:
+                    writer.write(pixels)
+                # Not by add_video, which would want moviepy to make the same GIF.
+                _, height, width, channels = pixels.shape
+                image = Summary.Image(
+                    height=height, width=width, colorspace=channels, encoded_image_string=path.read_bytes()
+                )
+                self._board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+                if self._wandb is not None:
+                    self._wandb.log({name: _wandb_media(path)}, step=step)
+
     def message(self, text: str) -> None:
         """A line above the progress bar."""
         self._bar.write(text)
@@ -100,6 +135,12 @@ def _forget_after(file: Path, step: int) -> None:
     draft = file.with_suffix(".tmp")
     draft.write_text("".join(kept))
     os.replace(draft, file)
+
+
+def _wandb_media(path: Path):
+    import wandb
+
+    return wandb.Image(str(path)) if path.suffix == ".png" else wandb.Video(str(path))
 
 
 def _start_wandb(folder: Path, config: dict):

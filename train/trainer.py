@@ -71,11 +71,12 @@ class Trainer:
             self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         ema = EMA(self.optimizer.masters, config.ema_decay) if config.ema_decay > 0 else None
         self.state = TrainState(self.model.unwrap(), buffers, self.optimizer, ema)
+        self.sampling = self._build_sampling()
 
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, self.processes)
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
         self.step = self.saved_step = 0
-        self.skipped = self.skipped_in_a_row = self.truncated = 0
+        self.skipped = self.skipped_in_a_row = self.truncated = self.failed_samples = 0
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
@@ -93,8 +94,11 @@ class Trainer:
                 self.train_step(batches)
                 if self._due(self.config.validation.every):
                     self.validate()
-                if self._due(self.config.ckpt_every):
-                    self.save()
+                last = self.step == self.config.steps
+                if last or self._due(self.config.ckpt_every):
+                    self.save(last)
+                if self._due(self.config.sampling.every) and not self._stopping:
+                    self.sample()  # after saving, of which it cannot cost anything
             return self.save(last=True)
         finally:
             if self.metrics:
@@ -254,6 +258,44 @@ class Trainer:
             self.metrics.validation(self.step, loss, per_bucket)
         return loss
 
+    # -------------------------------------------------------------- sampling
+
+    def _build_sampling(self):
+        if not self.config.sampling.every:
+            return None
+        from stdit_fast.train.sampling import Sampling  # brings in diffusers' pipelines, which take seconds
+
+        return Sampling(self.config, self.state, self.vae, self.text_encoder, self.processes)
+
+    def sample(self) -> None:
+        """Samples the prompts onto the boards and a contact sheet; the training goes on unchanged, even if that fails.
+
+        The sheet is samples/step-00000500.png, and samples.png in the checkpoint of the same step, if there is one.
+        """
+        from stdit_fast.train.sampling import write_sheets
+
+        started = time.perf_counter()
+        samples = self.sampling.run()
+        failures = [f"the sample of {s.text!r} failed ({s.error})" for s in samples if s.error]
+        if self.metrics:
+            beside = self.checkpoints.path(self.step)
+            sheets = [self.folder / "samples" / f"{beside.name}.png"]
+            if beside.is_dir():
+                sheets.append(beside / "samples.png")
+            videos = {f"samples/{s.title}": s.pixels for s in samples if s.pixels is not None}
+            try:
+                write_sheets(samples, sheets)
+                self.metrics.samples(self.step, videos, self.config.sampling.fps)
+            except OSError as error:
+                failures.append(f"the samples were not written ({error})")
+        self.failed_samples += len(failures)
+        if self.metrics:
+            seconds = time.perf_counter() - started
+            for failure in failures:
+                self.metrics.message(f"step {self.step}: {failure}; the training goes on")
+            self.metrics.message(f"step {self.step}: sampled {len(videos)} of {len(samples)} prompts, {seconds:.1f} s")
+            self.metrics.sampling(self.step, len(videos), self.failed_samples, seconds)
+
     # ------------------------------------------------- checkpoints and signals
 
     def save(self, last: bool = False) -> Path | None:
@@ -267,6 +309,7 @@ class Trainer:
             "skipped_steps": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "truncated_captions": self.truncated,
+            "failed_samples": self.failed_samples,
             "config": to_dict(self.config),
         }
         try:
@@ -293,6 +336,7 @@ class Trainer:
             self.skipped, self.skipped_in_a_row = progress["skipped_steps"], progress["skipped_in_a_row"]
             self.bad_samples.load_state_dict(progress["bad_samples"])
             self.truncated = progress["truncated_captions"]
+            self.failed_samples = progress.get("failed_samples", 0)  # which earlier checkpoints do not know
             self._restore_position(progress)
             logger.info("resumed from %s", newest)
         elif self.config.load is not None:

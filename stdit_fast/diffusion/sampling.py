@@ -206,7 +206,7 @@ def _check_guidance_channels(channels: int | None, available: int) -> int:
 def check_settings(scheduler, num_steps: int, guidance: float, guidance_channels: int | None, channels: int) -> None:
     """Raises ConfigError for what `denoise` would refuse of these, for latents of so many channels."""
     if not math.isfinite(guidance):
-        raise ConfigError("guidance", guidance, "choose a finite scale; 1 is none")
+        raise ConfigError("guidance_scale", guidance, "choose a finite scale; 1 is none")
     _check_guidance_channels(guidance_channels, channels)
     if not isinstance(scheduler, tuple(SCHEDULERS.values())):
         raise ConfigError("scheduler", type(scheduler).__name__, "make it with make_scheduler")

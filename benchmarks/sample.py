@@ -95,7 +95,7 @@ def run_forward(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
     times = timed(forward, args.repeats, warmup=2)
     kept.clear()
     model.eval()
-    flops = prediction_flops(model, frames, height, width, batch)
+    flops = prediction_flops(model, frames, height, width, batch) + text_flops(model, batch)
     notes = {"what": "training forward", "depth": args.depth}
     name = f"{impl} training forward"
     return [ours, Record.of_times("sample", case, name, times, flops=flops, peak_gib=_peak(), notes=notes)]
@@ -105,8 +105,12 @@ def prediction_flops(model: STDiT2, frames: int, height: int, width: int, batch:
     """Operations of one prediction, without the text's keys and values, which are made once for all steps."""
     config = model.config
     positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
-    text = config.depth * batch * TOKENS_OF_TEXT * 4 * config.hidden_size**2
-    return step_flops(config, batch, frames, positions) // 3 - text
+    return step_flops(config, batch, frames, positions) // 3 - text_flops(model, batch)
+
+
+def text_flops(model: STDiT2, batch: int) -> int:
+    """Operations of the text's keys and values for all blocks."""
+    return model.config.depth * batch * TOKENS_OF_TEXT * 4 * model.config.hidden_size**2
 
 
 def _peak() -> float | None:

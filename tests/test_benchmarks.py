@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from stdit_fast import STDiT2Config
-from stdit_fast.benchmarks import step
+from stdit_fast.benchmarks import sample, step
 from stdit_fast.benchmarks.readme import latest
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
@@ -86,3 +86,18 @@ def test_a_step_runs(tmp_path, monkeypatch, capsys):
     assert record["impl"] == "reference" and record["ms"] > 0 and record["notes"]["depth"] == 1
     assert record["flops"] == step.step_flops(STDiT2Config(depth=1), 1, 2, 144)
     assert "144p-2-1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("forward", [False, True], ids=["samples", "forward"])
+def test_sampling_is_recorded(tmp_path, monkeypatch, forward):
+    out = tmp_path / "sample.jsonl"
+    arguments = ["--cases", "144p-2-1", "--depth", "1", "--steps", "2", "--repeats", "1", "--impl", "reference"]
+    monkeypatch.setattr(sys, "argv", ["sample", *arguments, "--out", str(out), *["--forward"] * forward])
+    assert sample.main() == 0
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    tokens, c = 2 * 9 * 16, 1152  # of one clip: 144 x 256 pixels, 16 a side of a token
+    one = tokens * (36 * c**2 + 4 * (144 + 2 + 200) * c)
+    # With guidance a prediction is of two clips; training's forward pass has the text's keys and values in it.
+    wanted = {"reference forward": 2 * one, "reference training forward": one + 200 * 4 * c**2} if forward else {"reference": 4 * one}
+    assert {r["impl"]: r["flops"] for r in records} == wanted
+    assert all(r["suite"] == "sample" and r["ms"] > 0 for r in records)

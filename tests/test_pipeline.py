@@ -1,5 +1,8 @@
 """The sampling pipeline on a small model: what reaches the model, what comes out, what is refused."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -182,6 +185,20 @@ def test_loops(pipeline, monkeypatch):
     assert torch.equal(seen[4]["x"][0, :, 0], clips[1][0, :, -1])
     texts = [call["text"] for call in seen[::2]]
     assert texts[0] is not texts[1] and texts[1] is texts[2]  # encoded again only where it changes
+
+
+def test_loops_hold_no_earlier_clip(pipeline):
+    options = FAST | dict(num_inference_steps=1, loops=5, condition_frame_length=1)
+    clips = pipeline.clips("a rabbit", **options)
+    gone = []
+    for clip in clips:
+        gone.append(weakref.ref(clip.untyped_storage()))
+        del clip
+        gc.collect()
+        assert sum(ref() is not None for ref in gone) <= 1
+    latents = [weakref.ref(clip.untyped_storage()) for clip in pipeline.clips("a rabbit", **options, decode=False)]
+    gc.collect()
+    assert not any(ref() is not None for ref in latents)
 
 
 def test_a_text_that_is_cut_is_told(pipeline, caplog):

@@ -395,7 +395,7 @@ def test_the_pipeline_is_saved_whole_or_not_at_all(call, monkeypatch, tmp_path, 
     def full(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("stdit_fast.encoders.text.MiniLMEmbeddings.save_pretrained", full)
+    monkeypatch.setattr("stdit_fast.encoders.minilm.MiniLMEmbeddings.save_pretrained", full)
     arguments = ["--model", weights, *ENCODERS, *FAST, "--save_pipeline", str(tmp_path / "half")]
     before = sorted(tmp_path.iterdir())
     assert main(arguments) == 1

@@ -1,24 +1,33 @@
-"""What models and pipelines that can be saved are made of: diffusers' bases.
+"""The base of encoders that a diffusers pipeline can save and load.
 
 diffusers is imported without what an unused library says on the way: it imports bitsandbytes where that
 is installed (ColossalAI needs it), which logs a warning about kernels that nothing here uses.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
-_bitsandbytes = logging.getLogger("bitsandbytes")
-_level = _bitsandbytes.level
-_bitsandbytes.setLevel(logging.CRITICAL)
-try:
-    from diffusers import DiffusionPipeline
+
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """For imports of diffusers' models and pipelines."""
+    log = logging.getLogger("bitsandbytes")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+with quiet_bitsandbytes():
     from diffusers.configuration_utils import ConfigMixin, register_to_config
     from diffusers.models.modeling_utils import ModelMixin
-finally:
-    _bitsandbytes.setLevel(_level)
 
-__all__ = ["DiffusionPipeline", "ModelMixin", "SavableModule", "register_to_config"]
+__all__ = ["ModelMixin", "SavableModule", "quiet_bitsandbytes", "register_to_config"]
 
 
 class SavableModule(ModelMixin, ConfigMixin):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from stdit_fast.diffusion.sampling import check_settings, denoise
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, VideoAutoencoder, latent_size
-from stdit_fast.encoders.modules import DiffusionPipeline
+from stdit_fast.encoders.modules import quiet_bitsandbytes
 from stdit_fast.encoders.text import T5TextEncoder, TextEncoder
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import to_pixels
@@ -26,6 +27,9 @@ from stdit_fast.sample.conditions import Condition, check_conditions, number_ref
 from stdit_fast.sample.prompts import Prompt, parse_prompt
 from stdit_fast.sample.references import load_reference, reference_frames
 from stdit_fast.sample.sizes import output_size
+
+with quiet_bitsandbytes():
+    from diffusers import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -185,8 +189,7 @@ class STDiT2Pipeline(DiffusionPipeline):
         guided = guidance_scale != 1
         predictor = self._prepare(cuda_graphs)
         with evaluated(self.transformer):
-            references = [[self._encode(r, cs, i, request) for i, r in enumerate(refs)]
-                          for refs, cs in zip(request.references, request.conditions, strict=True)]  # fmt: skip
+            references = self._encode_references(request)
             texts, previous = None, None
             for loop in range(loops):
                 wanted = [p.text(loop) for p in request.prompts]
@@ -268,14 +271,25 @@ class STDiT2Pipeline(DiffusionPipeline):
         count, device = copies * len(request.prompts), self._execution_device
         return {name: torch.full((count,), float(value), device=device) for name, value in values.items()}
 
-    def _encode(self, source, conditions: list[Condition], number: int, request: _Request) -> Tensor:
-        """Latents [C, T, h, w] of the frames of a reference that conditions use, from its first frame on."""
-        mine = [c for c in conditions if c.reference == number]
-        ends = [c.start + c.length for c in mine]
-        max_frames = None if any(c.start < 0 for c in mine) else max(ends, default=1)
-        video = load_reference(source, request.height, request.width, max_frames)[None]
-        autoencoder = self.autoencoder
-        return in_slices(autoencoder, autoencoder.encode, video, request.height * request.width)[0]
+    def _encode_references(self, request: _Request) -> list[list[Tensor]]:
+        """Latents [C, T, h, w] of each prompt's references; what several prompts share is read and encoded once."""
+        encoded: dict[tuple, Tensor] = {}
+
+        def encode(source, conditions: list[Condition]) -> Tensor:
+            """Of the frames that conditions use, from the first one on."""
+            counts_from_end = any(c.start < 0 for c in conditions)
+            max_frames = None if counts_from_end else max((c.start + c.length for c in conditions), default=1)
+            key = (source if isinstance(source, str | os.PathLike) else id(source), max_frames)
+            if key not in encoded:
+                video = load_reference(source, request.height, request.width, max_frames)[None]
+                autoencoder = self.autoencoder
+                encoded[key] = in_slices(autoencoder, autoencoder.encode, video, request.height * request.width)[0]
+            return encoded[key]
+
+        return [
+            [encode(source, [c for c in conditions if c.reference == i]) for i, source in enumerate(sources)]
+            for sources, conditions in zip(request.references, request.conditions, strict=True)
+        ]
 
 
 def check_request(

@@ -18,7 +18,15 @@ import torch
 
 from stdit_fast import STDiT2
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.benchmarks.step import IMPLEMENTATIONS, TOKENS_OF_TEXT, build, make_inputs, parse_case, step_flops
+from stdit_fast.benchmarks.step import (
+    IMPLEMENTATIONS,
+    TOKENS_OF_TEXT,
+    build,
+    make_inputs,
+    parse_case,
+    positions_of,
+    step_flops,
+)
 from stdit_fast.diffusion import denoise, make_scheduler
 from stdit_fast.model.prediction import Predictor
 
@@ -103,9 +111,7 @@ def run_forward(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
 
 def prediction_flops(model: STDiT2, frames: int, height: int, width: int, batch: int) -> int:
     """Operations of one prediction, without the text's keys and values, which are made once for all steps."""
-    config = model.config
-    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
-    return step_flops(config, batch, frames, positions) // 3 - text_flops(model, batch)
+    return step_flops(model.config, batch, frames, positions_of(height, width)) // 3 - text_flops(model, batch)
 
 
 def text_flops(model: STDiT2, batch: int) -> int:

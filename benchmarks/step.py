@@ -34,6 +34,11 @@ def parse_case(case: str) -> tuple[int, int, int, int]:
     return int(frames), chosen.height, chosen.width, int(batch)
 
 
+def positions_of(height: int, width: int) -> int:
+    """Tokens of a frame of that size in pixels."""
+    return -(-(height // 8) // 2) * -(-(width // 8) // 2)
+
+
 def step_flops(config: STDiT2Config, batch: int, frames: int, positions: int, text_tokens: int = TOKENS_OF_TEXT) -> int:
     """Operations of forward and backward, 3 times the forward: the blocks' GEMMs and attentions.
 
@@ -143,7 +148,7 @@ def run_case(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -> N
     device = next(model.parameters()).device.type
     frames, height, width, batch = parse_case(case)
     inputs = make_inputs(model.config, frames, height, width, batch, device)
-    positions = -(-(height // 8) // 2) * -(-(width // 8) // 2)
+    positions = positions_of(height, width)
     tokens = batch * frames * positions
     if impl == "compile":
         torch.compiler.reset()  # each size is compiled for itself

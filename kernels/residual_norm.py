@@ -56,7 +56,9 @@ def _plan(groups: int, like: Tensor, direction: str, has_branch: bool) -> Plan:
         chunks = cdiv(group_size, max(rows, TUNING.get("forward_walk", walk)))
     else:
         # Registers allow eight warps a multiprocessor.
-        chunks = _backward_chunks(groups, group_size, _MULTIPROCESSORS * max(1, 8 // warps))
+        walk = TUNING.get("backward_walk")
+        at_once = _MULTIPROCESSORS * max(1, 8 // warps)
+        chunks = cdiv(group_size, walk) if walk else _backward_chunks(groups, group_size, at_once)
     # Each with an even share.
     tiles = cdiv(cdiv(group_size, chunks), rows)
     stages = max(1, min(3, _STAGE_BYTES // (rows * channels * like.element_size())))
@@ -66,8 +68,6 @@ def _plan(groups: int, like: Tensor, direction: str, has_branch: bool) -> Plan:
 @lru_cache(maxsize=1024)
 def _backward_chunks(groups: int, group_size: int, at_once: int) -> int:
     """Programs a group, such that the GPU is done soonest when `at_once` of them run at a time."""
-    if "backward_walk" in TUNING:
-        return cdiv(group_size, TUNING["backward_walk"])
 
     def rows_in_turn(chunks: int) -> int:
         return cdiv(groups * chunks, at_once) * (cdiv(group_size, chunks) + _START_ROWS)

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit_fast.errors import ConfigError
-from stdit_fast.model.checkpoints import Mismatch
+from stdit_fast.model.checkpoints import Mismatch, complete_checkpoints, newest_checkpoint
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.parallel.masters import MasterWeights
 from stdit_fast.parallel.processes import Processes
@@ -34,7 +33,6 @@ from stdit_fast.train.ema import EMA
 
 logger = logging.getLogger(__name__)
 
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -119,18 +117,6 @@ class Checkpoints:
             doomed = old.with_name(f".deleting-{old.name}")
             os.replace(old, doomed)  # so that no half-deleted folder ever looks like a checkpoint
             shutil.rmtree(doomed)
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints of a folder, oldest first. One that is being written has another name."""
-    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := STEP_FOLDER.fullmatch(p.name))]
-    return [path for _, path in sorted(found)]
-
-
-def newest_checkpoint(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a folder, None if there is none."""
-    complete = complete_checkpoints(Path(folder))
-    return complete[-1] if complete else None
 
 
 def load(path: str | Path, state: TrainState, *, with_optimizer: bool = True) -> dict:

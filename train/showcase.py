@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stdit_fast.diffusion import make_scheduler
-from stdit_fast.encoders import load_autoencoder, load_text_encoder
 from stdit_fast.media.pictures import sheet
 from stdit_fast.media.read import probe
 from stdit_fast.media.write import VideoWriter
-from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.sample import Condition, Prompt, STDiT2Pipeline
+from stdit_fast.sample.loading import find_source, load_pipeline
 from stdit_fast.sample.references import load_reference
+from stdit_fast.sample.settings import Settings
 from stdit_fast.train.buckets import Bucket, Buckets
 from stdit_fast.train.config import resolutions_file
 from stdit_fast.train.metadata import load_metadata
@@ -106,18 +105,7 @@ def showcase(checkpoint: Path, out: Path, *, count: int = 3, steps: int = 100, g
         count: of clips; steps, guidance: of the sampler.
     """
     config = json.loads((checkpoint / "state.json").read_text())["config"]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    weights = checkpoint / "ema" if (checkpoint / "ema").is_dir() else checkpoint / "model"
-    text = config["text_encoder"]
-    pipeline = STDiT2Pipeline.of(
-        STDiT2.from_pretrained(weights, dtype=dtype).to(device),
-        load_autoencoder(config["vae"]["from_pretrained"], device=device, dtype=dtype),
-        load_text_encoder(
-            text["from_pretrained"], max_length=text["model_max_length"], device=device, dtype=dtype
-        ),
-        make_scheduler("iddpm"),
-    )  # fmt: skip
+    pipeline = load_pipeline(find_source(Settings(model=str(checkpoint), scheduler="iddpm")))
     pipeline.set_progress_bar_config(leave=False)
     bucket = _largest(config)
     clips = training_clips(config, bucket, count)

@@ -13,6 +13,12 @@ from torch import Tensor
 Model = Callable[..., Tensor]
 
 
+def linear_betas(num_timesteps: int) -> Tensor:
+    """[N] float32, linear from 1e-4 to 2e-2 at N = 1000, scaled with 1000 / N."""
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=torch.float64).float()
+
+
 class IDDPM:
     """Noising and training loss.
 
@@ -25,8 +31,7 @@ class IDDPM:
         if num_timesteps < 2:
             raise ValueError(f"num_timesteps is {num_timesteps}, expected at least 2")
         self.num_timesteps = num_timesteps
-        scale = 1000 / num_timesteps
-        betas = torch.linspace(scale * 1e-4, scale * 2e-2, num_timesteps, dtype=torch.float64).float()
+        betas = linear_betas(num_timesteps)
         alphas = 1 - betas
         alpha_bar = alphas.cumprod(0)
         before = torch.cat((torch.ones(1), alpha_bar[:-1]))

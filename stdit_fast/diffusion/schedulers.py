@@ -19,19 +19,19 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from stdit_fast.diffusion.iddpm import linear_betas
 from stdit_fast.errors import ConfigError, nearest
 
 
-def linear_betas(num_train_timesteps: int = 1000) -> Tensor:
-    """IDDPM's betas: [N] float32, linear from 1e-4 to 2e-2 at N = 1000, scaled with 1000 / N.
+def sampling_betas(num_train_timesteps: int = 1000) -> Tensor:
+    """IDDPM's betas: [N] float32.
 
     Raises:
         ConfigError: fewer than 21 timesteps, whose last beta would be 1 or more.
     """
     if num_train_timesteps < 21:
         raise ConfigError("num_train_timesteps", num_train_timesteps, "the last beta is 20 / N: choose at least 21")
-    scale = 1000 / num_train_timesteps
-    return torch.linspace(scale * 1e-4, scale * 2e-2, num_train_timesteps, dtype=torch.float64).float()
+    return linear_betas(num_train_timesteps)
 
 
 def check_num_steps(num_steps: int, num_train_timesteps: int) -> None:
@@ -79,7 +79,7 @@ class IDDPMScheduler(SchedulerMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, num_train_timesteps: int = 1000):
-        self.alphas_cumprod = (1 - linear_betas(num_train_timesteps).double()).cumprod(0)
+        self.alphas_cumprod = (1 - sampling_betas(num_train_timesteps).double()).cumprod(0)
         self.set_timesteps(num_train_timesteps)
 
     def __len__(self) -> int:
@@ -288,7 +288,7 @@ def make_scheduler(
         return IDDPMScheduler(num_train_timesteps)
     common = {
         "num_train_timesteps": num_train_timesteps,
-        "trained_betas": linear_betas(num_train_timesteps).tolist(),
+        "trained_betas": sampling_betas(num_train_timesteps).tolist(),
         "prediction_type": "epsilon",
         "timestep_spacing": "trailing",
     }

@@ -1,4 +1,4 @@
-"""Weights from elsewhere: Open-Sora 1.1 checkpoints unchanged, PixArt-alpha as the start of training.
+"""Weights: Open-Sora 1.1 checkpoints unchanged, PixArt-alpha as the start of training; where a run's checkpoints are.
 
 Nothing here executes pickled code: .pt and .pth files are read with `weights_only`.
 """
@@ -6,6 +6,7 @@ Nothing here executes pickled code: .pt and .pth files are read with `weights_on
 import json
 import logging
 import pickle
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from stdit_fast.model.stdit2 import STDiT2
 logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
+STEP_FOLDER = re.compile(r"step-(\d{8,})")  # of a training run
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 # What PixArt-alpha does not have: time, QK-norm, conditioning on length and frame rate.
@@ -240,3 +242,15 @@ def _pixart_may_lack(key: str, found: Iterable[str]) -> bool:
         return True
     # All of an embedder may be absent (512), a part of it may not.
     return any(key.startswith(top) and not any(k.startswith(top) for k in found) for top in PIXART_MAY_LACK_AT_TOP)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, oldest first. One that is being written has another name."""
+    found = [(int(m[1]), p) for p in folder.glob("step-*") if (m := STEP_FOLDER.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(folder: str | Path) -> Path | None:
+    """The newest complete checkpoint in a folder, None if there is none."""
+    complete = complete_checkpoints(Path(folder))
+    return complete[-1] if complete else None

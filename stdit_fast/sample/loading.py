@@ -1,7 +1,6 @@
 """What `python -m stdit_fast.sample` samples with: found from small files first, then loaded."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from stdit_fast.diffusion.schedulers import SCHEDULERS, make_scheduler
 from stdit_fast.encoders import load_autoencoder, load_text_encoder
 from stdit_fast.encoders.weights import load_pretrained
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.checkpoints import newest_checkpoint
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.sample.pipeline import STDiT2Pipeline
 from stdit_fast.sample.settings import Settings
 
 PIPELINE, STDIT2, OPEN_SORA = "pipeline", "stdit2", "open-sora"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # What to name where the weights come alone.
 EXAMPLES = {
@@ -109,11 +108,10 @@ def _find_checkpoint(path: Path) -> Path | None:
     if (path / "state.json").is_file():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    # One that is being written has another name.
-    found = [(int(step[1]), p) for p in folder.glob("step-*") if (step := STEP_FOLDER.fullmatch(p.name))]
-    if not found and folder != path:
+    newest = newest_checkpoint(folder)
+    if newest is None and folder != path:
         raise ConfigError("model", str(path), "this training run has saved no checkpoint yet")
-    return max(found)[1] if found else None
+    return newest
 
 
 def _choose_weights(checkpoint: Path, weights: str) -> Path:

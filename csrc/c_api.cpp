@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "stdit/attention.h"
 #include "stdit/device.h"
 #include "stdit/device_guard.h"
 #include "stdit/ema_update.h"
@@ -49,5 +50,30 @@ int stdit_ema_update(float* const* ema, const void* const* params, const int64_t
     const stdit::EmaTensors tensors{ema, params, sizes, count, checked_dtype(param_dtype)};
     const stdit::DeviceGuard guard(device);
     stdit::ema_update(tensors, decay, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_attention_forward(const stdit_attention* call, int device, void* stream) {
+  return guarded([&] {
+    stdit::check_attention(*call);
+    const stdit::DeviceGuard guard(device);
+    stdit::attention_forward(*call, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_attention_backward(const stdit_attention* call, const stdit_attention_gradients* gradients, int device,
+                             void* stream) {
+  return guarded([&] {
+    stdit::check_attention(*call, *gradients);
+    const stdit::DeviceGuard guard(device);
+    stdit::attention_backward(*call, *gradients, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_attention_backward_scratch(const stdit_attention* call, int device, int64_t* bytes) {
+  return guarded([&] {
+    stdit::check_attention(*call);
+    const stdit::DeviceGuard guard(device);
+    *bytes = stdit::attention_backward_scratch(*call);
   });
 }

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.kernels import qk_norm
-from stdit_fast.ops import library, registry
+from stdit_fast.ops import cuda_attention, library, registry
 from stdit_fast.ops.checks import expect_qkv
 from stdit_fast.ops.library_attention import attention_backward, attention_forward, best_library, library_attention
 from stdit_fast.ops.rms_norm import rms_norm
@@ -17,8 +17,14 @@ def _serving() -> tuple[str, str]:
     if implementation == registry.REFERENCE:
         return implementation, reason
     device = torch.device("cuda", torch.cuda.current_device())
+    ours, why_not = cuda_attention.available(device.index)
+    if ours:
+        return "cuda", f"bf16 at head dimension {cuda_attention.HEAD_DIM}, QK-norm inside; repeats bit for bit"
     name, remark = best_library(device, torch.bfloat16, 72)
-    return f"{implementation} + {name}", f"QK-norm by Triton; attention in bf16 by {name}: {remark}"
+    return (
+        f"{implementation} + {name}",
+        f"QK-norm by Triton; attention in bf16 by {name}: {remark}; not ours: {why_not}",
+    )
 
 
 registry.declare(NAME, _serving)
@@ -34,8 +40,9 @@ def spatial_attention(
 ) -> Tensor:
     """softmax(norm(q) norm(k)^T / sqrt(D)) v within each frame.
 
-    Bytes it must move: q, k, v in, o out (4 units of C values a token). A library's attention between, which knows no
-    norm, makes it 8 (normalised q and k are written and read), and nothing more is kept for the backward pass.
+    Bytes it must move: q, k, v in, o out (4 units of C values a token), which our own kernel does. Where a library's
+    attention serves, which knows no norm, it is 8 (normalised q and k are written and read). Nothing more is kept for
+    the backward pass.
 
     Args:
         qkv: [B, T, S, 3, H, D], the projection's output as it comes.
@@ -68,6 +75,9 @@ def _forward(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps:
     if positions == 1:  # softmax over one key
         lse = qkv.new_zeros((batch * frames, heads, 1), dtype=torch.float32)
         return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3), lse
+    if not cuda_attention.unserved(qkv):
+        o, lse = cuda_attention.forward(qkv.flatten(0, 1), q_weight, k_weight, eps)
+        return o.view(batch, frames, positions, -1), lse
     o, lse = attention_forward(*_normalised(qkv, q_weight, k_weight, eps))
     # The libraries write o in the order of q, so this is a view.
     return o.transpose(1, 2).reshape(batch, frames, positions, -1).contiguous(), lse
@@ -81,6 +91,11 @@ def _backward(
         dqkv = qkv.new_zeros(qkv.shape)
         dqkv.select(3, 2).copy_(d_o.reshape(shape))
         return dqkv, torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
+    if not cuda_attention.unserved(qkv):
+        dqkv = qkv.new_empty(qkv.shape)
+        d_o, o = (x.reshape(shape).flatten(0, 1) for x in (d_o, o))
+        d_weights = cuda_attention.backward(d_o, qkv.flatten(0, 1), q_weight, k_weight, o, lse, eps, dqkv.flatten(0, 1))
+        return dqkv, d_weights if q_weight is not None or k_weight is not None else d_weights[:0]
     qkv = readable(qkv)
     q, k, v = _normalised(qkv, q_weight, k_weight, eps)
     o, d_o = (x.contiguous().view(shape).flatten(0, 1).transpose(1, 2) for x in (o, d_o))

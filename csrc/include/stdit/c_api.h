@@ -14,6 +14,33 @@ extern "C" {
 
 enum stdit_dtype { STDIT_FLOAT32 = 0, STDIT_BFLOAT16 = 1 };
 
+// An array [sequences, rows, heads, head_dim] of bfloat16: strides in elements, head_dim's elements are neighbours.
+struct stdit_heads {
+  void* data;
+  int64_t sequence_stride, row_stride, head_stride;
+};
+
+// Attention: o = softmax(scale * norm(q) norm(k)^T) v for each sequence and head, with
+// norm(x) = x / sqrt(mean(x^2) + epsilon) * weight over head_dim. Addresses are multiples of 16 bytes, strides of 8.
+struct stdit_attention {
+  struct stdit_heads q, k, v, o;
+  float* lse;            // [sequences, heads, queries]: the logarithm of the sum of exponentials of each row of scores
+  const void* q_weight;  // [head_dim] of weight_dtype, a stdit_dtype; null: 1
+  const void* k_weight;
+  int weight_dtype;
+  int normalise_q, normalise_k;  // 0: the weights, if given, are all that is applied
+  int64_t sequences, queries, keys;
+  int heads, head_dim;
+  float scale, epsilon;
+};
+
+// The gradients' arrays; d_o is read, the others are written, whole.
+struct stdit_attention_gradients {
+  struct stdit_heads d_o, d_q, d_k, d_v;
+  float* d_weights;  // [2, head_dim]: of q_weight and of k_weight
+  void* scratch;     // stdit_attention_backward_scratch() bytes, a multiple of 256 as address
+};
+
 // What went wrong in this thread's last failed call; valid until its next one.
 STDIT_API const char* stdit_last_error(void);
 
@@ -28,6 +55,16 @@ STDIT_API int stdit_check_device(int device);
 // ema is float32; all params have one dtype, a stdit_dtype.
 STDIT_API int stdit_ema_update(float* const* ema, const void* const* params, const int64_t* sizes, int64_t count,
                                int param_dtype, double decay, int device, void* stream);
+
+// The forward pass; writes o and lse.
+STDIT_API int stdit_attention_forward(const struct stdit_attention* call, int device, void* stream);
+
+// The backward pass; reads o and lse. Repeats bit for bit.
+STDIT_API int stdit_attention_backward(const struct stdit_attention* call,
+                                       const struct stdit_attention_gradients* gradients, int device, void* stream);
+
+// Bytes of scratch memory that the backward pass needs on that device, in *bytes.
+STDIT_API int stdit_attention_backward_scratch(const struct stdit_attention* call, int device, int64_t* bytes);
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,826 @@
+// Attention's backward pass: gradients of q, k, v and of the norms' weights, repeating bit for bit.
+//
+// A block keeps a block of keys (64 a consumer warpgroup), with its dk and dv in registers, and walks over tiles of queries:
+//   s^T = k q^T, dp^T = v do^T      both operands in shared memory; columns are queries
+//   p^T = 2^(s^T - lse), ds^T = p^T (dp^T - delta)      in registers
+//   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
+//   dq = ds k                       ds^T through shared memory, all consumers' keys at once; one consumer a tile, in turn
+// As in the forward pass the first warpgroup brings the tiles (one thread, the copy engine) and normalises q and k in
+// place (three warps), which also bring lse and delta of a tile's queries. k and v are double-buffered, so that the next
+// block of keys is there when this one ends. The norms' backward runs on the accumulators, from q and k as they came.
+//
+// Up to 192 keys one block of keys is all of a head, and dq is final at once. Longer heads: dq's partial sums (float32,
+// in the order of the accumulators' registers, so that only threads of one number exchange them) are added in a fixed
+// order. Either one block walks over all keys of a head after each other (few blocks of keys), or each block of keys is a
+// unit of its own: blocks start at different tiles of queries, and a tile's counter says whose turn it is. Partial sums
+// of so many heads as are under way lie in a ring, which stays in the L2 cache.
+//
+// delta = rowsum(do * o) comes from a small kernel before; the weights' gradients, summed by each block over its dq tiles,
+// are added by one after.
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "attention/shared.h"
+#include "stdit/attention.h"
+#include "stdit/attention_tiles.h"
+
+namespace stdit {
+namespace {
+
+// Single: one block of keys is all. Pipelined: the next tile's s and dp are asked for before this one's dq.
+template <int D_, int Consumers_, int Queries_, int Stages_, bool Single_, bool Pipelined_>
+struct Backward {
+  static constexpr int D = D_, kConsumers = Consumers_, kQueries = Queries_, kStages = Stages_;
+  static constexpr bool kSingle = Single_, kPipelined = Pipelined_;
+  static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : kQueries == 128 ? 40 : 72;
+  // Where registers allow it, partial sums are read before they are needed, and p is kept in 32 bits.
+  static constexpr bool kEarly = kConsumers == 2 && kQueries <= 64;
+  static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
+  using KeyTile = Tile<D, 64>;  // of one consumer
+  using QueryTile = Tile<D, kQueries>;
+  // ds^T of all consumers: chunks of 16 queries, each [keys][16]. The product's 64 rows may reach beyond the last chunk.
+  struct ScoreTile {
+    static constexpr int kChunkBytes = kKeys * 32, kBytes = kQueries / 16 * kChunkBytes;
+
+    static __device__ __forceinline__ int offset(int key, int eighth) {
+      return (eighth >> 1) * kChunkBytes + key * 32 + (((eighth ^ (key >> 2)) & 1) << 4);
+    }
+  };
+  // dq is made 64 queries at a time: one part of a tile for each consumer, or one, by one consumer after the other.
+  static constexpr int kParts = kQueries <= 64 ? 1 : kQueries / 64;
+  static_assert(kParts == 1 || kParts == kConsumers, "each consumer has the same to do");
+  static constexpr int kPartialFloats = 128 * D / 2;  // of dq, a part
+  static constexpr int kScoreStages = kParts == 1 ? 2 : 1;
+
+  struct Shared {
+    alignas(1024) char k[2][kConsumers][KeyTile::kBytes];
+    alignas(1024) char v[2][kConsumers][KeyTile::kBytes];
+    alignas(1024) char ds[kScoreStages][ScoreTile::kBytes];
+    alignas(1024) char q[kStages][QueryTile::kBytes];
+    alignas(1024) char d_o[kStages][QueryTile::kBytes];
+    alignas(16) float2 rows[kStages][kQueries];  // lse in units of log2, delta
+    alignas(16) float weights[D];
+    float weight_sums[4 * kConsumers][D];
+    Barrier kv_full[2], k_ready[2], kv_empty[2];
+    Barrier q_full[kStages], do_full[kStages], q_ready[kStages], q_empty[kStages];
+    Barrier ds_full[kScoreStages], ds_empty[kScoreStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+};
+
+struct BackwardArguments {
+  TileMaps q, k, v, d_o;
+  HeadArray raw_q, raw_k, d_q, d_k, d_v;
+  NormArguments norm;
+  const float2* rows;      // [sequences * heads, queries]
+  float* partials;         // ring of [query_tiles] tiles of dq
+  int* turns;              // [sequences * heads, query_tiles]: whose turn it is; then [sequences * heads]: tiles done
+  float* weight_partials;  // [blocks, D]; null: the weights' gradients are not asked for
+  int heads, items, queries, keys, query_tiles, key_blocks, ring;
+  bool walks;  // a block walks over all keys of a head
+};
+
+// A block of keys of a head, and the order in which its tiles of queries come.
+template <class B>
+struct Unit {
+  int item, head, sequence, key_block, first_tile;
+
+  __device__ __forceinline__ Unit(const BackwardArguments& a, int item_, int key_block_)
+      : item(item_), head(item_ % a.heads), sequence(item_ / a.heads), key_block(key_block_), first_tile(0) {
+    if (!B::kSingle && !a.walks) first_tile = static_cast<uint32_t>(key_block) * a.query_tiles / a.key_blocks;
+  }
+  __device__ __forceinline__ int tile(const BackwardArguments& a, int step) const {
+    if (B::kSingle) return step;
+    const int t = first_tile + step;
+    return t >= a.query_tiles ? t - a.query_tiles : t;
+  }
+  // The place of this block of keys in the order in which a tile's dq is summed: the order in which blocks come by.
+  __device__ __forceinline__ int turn(const BackwardArguments& a, int tile) const {
+    if (a.walks) return key_block;
+    const auto n = static_cast<uint32_t>(tile + 1) * a.key_blocks;
+    const int first = static_cast<int>((n + a.query_tiles - 1) / a.query_tiles) - 1;
+    const int turn = first - key_block;
+    return turn < 0 ? turn + a.key_blocks : turn;
+  }
+};
+
+// A block's place in its sequence of units.
+template <class B>
+struct UnitCursor {
+  int at = blockIdx.x, key_block = 0;
+
+  __device__ __forceinline__ bool valid(const BackwardArguments& a) const {
+    return at < (B::kSingle || a.walks ? a.items : a.items * a.key_blocks);
+  }
+  __device__ __forceinline__ Unit<B> unit(const BackwardArguments& a) const {
+    if (B::kSingle) return Unit<B>(a, at, 0);
+    if (a.walks) return Unit<B>(a, at, key_block);
+    const int item = at / a.key_blocks;
+    return Unit<B>(a, item, at - item * a.key_blocks);
+  }
+  __device__ __forceinline__ void next(const BackwardArguments& a) {
+    if (!B::kSingle && a.walks && ++key_block < a.key_blocks) return;
+    key_block = 0;
+    at += gridDim.x;
+  }
+};
+
+// A block's place in its sequence of tiles of queries, over all its units.
+template <class B>
+struct Cursor {
+  UnitCursor<B> units;
+  int step = 0;
+  RingPlace<2> kv;
+  RingPlace<B::kStages> q;
+
+  __device__ __forceinline__ bool valid(const BackwardArguments& a) const { return units.valid(a); }
+  __device__ __forceinline__ void next(const BackwardArguments& a) {
+    q.next();
+    if (++step == a.query_tiles) {
+      step = 0;
+      kv.next();
+      units.next(a);
+    }
+  }
+};
+
+template <class B>
+__device__ __forceinline__ void produce(const BackwardArguments& a, typename B::Shared& s) {
+  constexpr int D = B::D, kQueries = B::kQueries;
+  for (Cursor<B> at; at.valid(a); at.next(a)) {
+    const Unit<B> u = at.units.unit(a);
+    if (at.step == 0) {
+      const int stage = at.kv.stage;
+      s.kv_empty[stage].wait(at.kv.parity ^ 1);
+      s.kv_full[stage].arrive_and_expect(2 * B::kConsumers * B::KeyTile::kLoadBytes);
+      for (int w = 0; w < B::kConsumers; ++w) {
+        const int key = u.key_block * B::kKeys + 64 * w;
+        load_tile<D, 64>(a.k, s.kv_full[stage], s.k[stage][w], key, u.head, u.sequence);
+        load_tile<D, 64>(a.v, s.kv_full[stage], s.v[stage][w], key, u.head, u.sequence);
+      }
+    }
+    const int stage = at.q.stage, query = u.tile(a, at.step) * kQueries;
+    s.q_empty[stage].wait(at.q.parity ^ 1);
+    s.q_full[stage].arrive_and_expect(B::QueryTile::kLoadBytes);
+    load_tile<D, kQueries>(a.q, s.q_full[stage], s.q[stage], query, u.head, u.sequence);
+    s.do_full[stage].arrive_and_expect(B::QueryTile::kLoadBytes);
+    load_tile<D, kQueries>(a.d_o, s.do_full[stage], s.d_o[stage], query, u.head, u.sequence);
+  }
+}
+
+// Normalises q and k, and brings lse and delta of a tile's queries.
+template <class B>
+__device__ __forceinline__ void normalise(const BackwardArguments& a, typename B::Shared& s, int warp) {
+  constexpr int D = B::D, kQueries = B::kQueries, kRows = (kQueries + 32 * kNormalisers - 1) / (32 * kNormalisers);
+  const int helper = 32 * warp + threadIdx.x % 32;
+  const auto ready = [](Barrier& barrier) {
+    fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier.arrive();
+  };
+  Dealer dealer{warp};
+  for (Cursor<B> at; at.valid(a); at.next(a)) {
+    const Unit<B> u = at.units.unit(a);
+    const int first_query = u.tile(a, at.step) * kQueries;
+    float2 rows[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {  // zeroes for a query that is not there: its do is zero too, so nothing comes of it
+      const int query = first_query + helper + 32 * kNormalisers * i;
+      rows[i] = make_float2(0.0f, 0.0f);
+      if (query < a.queries) rows[i] = __ldg(a.rows + static_cast<int64_t>(u.item) * a.queries + query);
+    }
+    if (at.step == 0) {
+      s.kv_full[at.kv.stage].wait(at.kv.parity);
+      if (a.norm.normalise_k) {
+        dealer.deal((min(B::kKeys, a.keys - u.key_block * B::kKeys) + 15) / 16, [&](int group) {
+          scale_rows<D, 64>(s.k[at.kv.stage][group / 4], group % 4 * 16, true, a.norm.epsilon, nullptr);
+        });
+      }
+      ready(s.k_ready[at.kv.stage]);
+    }
+    const int stage = at.q.stage;
+    s.q_full[stage].wait(at.q.parity);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const int row = helper + 32 * kNormalisers * i;
+      if (row < kQueries) s.rows[stage][row] = rows[i];
+    }
+    dealer.deal(kQueries / 16, [&](int group) {
+      scale_rows<D, kQueries>(s.q[stage], group * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
+    });
+    ready(s.q_ready[stage]);
+  }
+}
+
+// Two rows of an array, of which each thread has the columns that it has of accumulators.
+struct RowPair {
+  __nv_bfloat16* row[2];
+  bool there[2];
+
+  // Rows `first` and `first` + 8 of `count`; a row beyond stands for the last one, and is not there.
+  __device__ __forceinline__ RowPair(const HeadArray& array, int sequence, int head, int first, int count) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      there[h] = first + 8 * h < count;
+      row[h] = array.head(sequence, head) + (there[h] ? first + 8 * h : count - 1) * array.row_stride;
+    }
+  }
+};
+
+// What the rows held, as pairs of neighbours.
+template <int D>
+struct RawRows {
+  uint32_t x[2][D / 8];
+
+  __device__ __forceinline__ void read(const RowPair& from) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        x[h][j] = __ldg(reinterpret_cast<const uint32_t*>(from.row[h] + 8 * j + threadIdx.x % 4 * 2));
+      }
+    }
+  }
+};
+
+// Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in pieces
+// of 32 bytes.
+template <int D>
+__device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPair& to) {
+  const int quarter = threadIdx.x % 4;
+  const bool odd = quarter % 2 != 0;
+  // Lanes 0 and 2 write the left eight columns of two eights, 1 and 3 the right.
+  const int column = (odd ? 8 : 0) + quarter / 2 * 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int j = 0; j + 1 < D / 8; j += 2) {
+      const uint32_t left = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+      const uint32_t right = pack(d[4 * j + 4 + 2 * h], d[4 * j + 4 + 2 * h + 1]);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+      const uint2 four = odd ? make_uint2(other, right) : make_uint2(left, other);
+      if (to.there[h]) *reinterpret_cast<uint2*>(to.row[h] + 8 * j + column) = four;
+    }
+    if constexpr (D / 8 % 2 != 0) {
+      constexpr int j = D / 8 - 1;
+      const uint32_t two = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+      if (to.there[h]) *reinterpret_cast<uint32_t*>(to.row[h] + 8 * j + 2 * quarter) = two;
+    }
+  }
+}
+
+// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step a
+// lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
+template <int D>
+__device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
+  constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, k3 = (k2 + 1) / 2;
+  const int lane = threadIdx.x % 32;
+  const auto halve = [&](auto& values, int count, int kept, int step) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float high = i + kept < count ? values[i + kept] : 0.0f;
+      const float other = __shfl_xor_sync(~0u, upper ? values[i] : high, step);
+      values[i] = (upper ? high : values[i]) + other;
+    }
+  };
+  halve(v, k0, k1, 16);
+  halve(v, k1, k2, 8);
+  halve(v, k2, k3, 4);
+  const int at2 = (lane & 4 ? k3 : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
+#pragma unroll
+  for (int i = 0; i < k3; ++i) {
+    const int k = at0 + at1 + at2 + i;
+    const bool mine = at2 + i < k2 && at1 + at2 + i < k1 && k < k0;
+    if (mine) sums[8 * (k / 2) + 2 * (lane % 4) + k % 2] += v[i];
+  }
+}
+
+// From the gradient of a normalised (and weighted) row to that of the row as it came, in place.
+//   d: a warp's accumulators [16, D]; raw: the rows as they came.
+//   weights: what the normalised row was multiplied by, times `scale` (null: 1).
+//   weight_sums: where the sums over rows of d * normalised row are added (null: nowhere).
+template <int D>
+__device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>& raw, bool normalised, float epsilon,
+                                             const float* weights, float scale, float* weight_sums) {
+  float factor[2] = {1.0f, 1.0f};
+  if (normalised) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        sum = fmaf(low_half(raw.x[h][j]), low_half(raw.x[h][j]), sum);
+        sum = fmaf(high_half(raw.x[h][j]), high_half(raw.x[h][j]), sum);
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      factor[h] = rsqrtf(sum * (1.0f / D) + epsilon);
+    }
+  }
+  if (weight_sums != nullptr) {
+    float sums[D / 4];
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      sums[2 * j] = d[4 * j] * (low_half(raw.x[0][j]) * factor[0]) + d[4 * j + 2] * (low_half(raw.x[1][j]) * factor[1]);
+      sums[2 * j + 1] =
+          d[4 * j + 1] * (high_half(raw.x[0][j]) * factor[0]) + d[4 * j + 3] * (high_half(raw.x[1][j]) * factor[1]);
+    }
+    add_columns<D>(sums, weight_sums);
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+    float2 w{scale, scale};
+    if (weights != nullptr) {
+      w = *reinterpret_cast<const float2*>(weights + 8 * j + threadIdx.x % 4 * 2);
+      w.x *= scale;
+      w.y *= scale;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      d[4 * j + 2 * h] *= w.x;
+      d[4 * j + 2 * h + 1] *= w.y;
+    }
+  }
+  if (normalised) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float dot = 0.0f;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        dot = fmaf(d[4 * j + 2 * h], low_half(raw.x[h][j]), dot);
+        dot = fmaf(d[4 * j + 2 * h + 1], high_half(raw.x[h][j]), dot);
+      }
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      const float share = dot * factor[h] * factor[h] * (1.0f / D);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        d[4 * j + 2 * h] = factor[h] * (d[4 * j + 2 * h] - share * low_half(raw.x[h][j]));
+        d[4 * j + 2 * h + 1] = factor[h] * (d[4 * j + 2 * h + 1] - share * high_half(raw.x[h][j]));
+      }
+    }
+  }
+}
+
+// Waits, all 128 threads of a consumer, until a counter has reached `value`.
+__device__ __forceinline__ void wait_for(const int* counter, int value, int barrier) {
+  if (threadIdx.x % 128 == 0) {
+    int seen;
+    do {
+      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (seen < value);
+  }
+  sync_threads(barrier, 128);
+}
+
+// Adds one to a counter after what all 128 threads of a consumer did before.
+__device__ __forceinline__ void count(int* counter, int barrier) {
+  sync_threads(barrier, 128);  // what comes before it is released with the one thread's release
+  if (threadIdx.x % 128 == 0) asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+// Where a tile's dq is summed over blocks of keys.
+template <class B>
+struct PartialPlace {
+  int turn = 0;
+  int* turns = nullptr;
+  float4* partial = nullptr;
+
+  __device__ __forceinline__ void find(const BackwardArguments& a, const Unit<B>& u, int tile, int part) {
+    if constexpr (!B::kSingle) {
+      turn = u.turn(a, tile);
+      const int slot = a.walks ? blockIdx.x : u.item % a.ring;
+      const int parts = a.query_tiles * B::kParts, at = tile * B::kParts + part;
+      turns = a.turns + static_cast<int64_t>(u.item) * parts + at;
+      partial = reinterpret_cast<float4*>(
+                    a.partials + (static_cast<int64_t>(slot) * parts + at) * B::kPartialFloats) +
+                threadIdx.x % 128;
+    }
+  }
+  // What is summed so far, when it is this block's turn.
+  __device__ __forceinline__ void load(const BackwardArguments& a, float (&d_q)[B::D / 2], int barrier) {
+    if (!B::kSingle && turn > 0) {
+      if (!a.walks) wait_for(turns, turn, barrier);
+#pragma unroll
+      for (int i = 0; i < B::D / 8; ++i) {
+        const float4 four = __ldcg(partial + 128 * i);
+        d_q[4 * i] = four.x;
+        d_q[4 * i + 1] = four.y;
+        d_q[4 * i + 2] = four.z;
+        d_q[4 * i + 3] = four.w;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < B::D / 2; ++i) d_q[i] = 0.0f;
+    }
+  }
+  // The sum has been read for the last time.
+  __device__ __forceinline__ void leave(const BackwardArguments& a, const Unit<B>& u, int barrier) {
+    if (!B::kSingle && !a.walks && turn > 0) count(done(a) + u.item, barrier);
+  }
+  // Keeps the sum for the next block.
+  __device__ __forceinline__ void keep(const BackwardArguments& a, const Unit<B>& u, const float (&d_q)[B::D / 2],
+                                       int barrier) {
+    // The ring's place must have been left by the item that had it before.
+    if (!a.walks && turn == 0 && u.item >= a.ring) {
+      wait_for(done(a) + u.item - a.ring, a.query_tiles * B::kParts, barrier);
+    }
+#pragma unroll
+    for (int i = 0; i < B::D / 8; ++i) {
+      __stcg(partial + 128 * i, make_float4(d_q[4 * i], d_q[4 * i + 1], d_q[4 * i + 2], d_q[4 * i + 3]));
+    }
+    if (!a.walks) count(turns, barrier);
+  }
+  // How many parts of each item are done.
+  static __device__ __forceinline__ int* done(const BackwardArguments& a) {
+    return a.turns + static_cast<int64_t>(a.items) * a.query_tiles * B::kParts;
+  }
+};
+
+template <class B>
+__device__ __forceinline__ void consume(const BackwardArguments& a, typename B::Shared& s, int consumer) {
+  constexpr int D = B::D, kQueries = B::kQueries, kSteps = kQueries / 16;
+  using KeyTile = typename B::KeyTile;
+  using QueryTile = typename B::QueryTile;
+  using ScoreTile = typename B::ScoreTile;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int barrier = 1 + consumer;
+  RingPlace<2> kv;
+  RingPlace<B::kScoreStages> ds;
+  RingPlace<B::kStages> q;
+  float* weight_sums = a.weight_partials == nullptr ? nullptr : s.weight_sums[4 * consumer + warp];
+
+  for (UnitCursor<B> cursor; cursor.valid(a); cursor.next(a)) {
+    const Unit<B> u = cursor.unit(a);
+    float d_k[D / 2], d_v[D / 2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) d_k[i] = d_v[i] = 0.0f;
+    const int key0 = u.key_block * B::kKeys + 64 * consumer + 16 * warp + lane / 4;  // this thread's, and 8 more
+    const bool keys_end = u.key_block == a.key_blocks - 1;
+    s.kv_full[kv.stage].wait(kv.parity);
+    s.k_ready[kv.stage].wait(kv.parity);
+    float p[kQueries / 2], dp[kQueries / 2];
+
+    const auto k_operand = ColumnsOperand::of<KeyTile>(s.k[kv.stage][consumer]);
+    const auto v_operand = ColumnsOperand::of<KeyTile>(s.v[kv.stage][consumer]);
+
+    // s^T and dp^T of a stage's queries
+    const auto ask_scores = [&](const RingPlace<B::kStages>& place) {
+      s.q_ready[place.stage].wait(place.parity);
+      wgmma_fence();
+      multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand,
+                                                     ColumnsOperand::of<QueryTile>(s.q[place.stage]));
+      wgmma_commit();
+      s.do_full[place.stage].wait(place.parity);
+      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand,
+                                                     ColumnsOperand::of<QueryTile>(s.d_o[place.stage]));
+      wgmma_commit();
+    };
+
+    if (B::kPipelined) ask_scores(q);
+    for (int step = 0; step < a.query_tiles; ++step) {
+      const int tile = u.tile(a, step);
+      const bool mine = B::kParts > 1 || tile % B::kConsumers == consumer;  // this consumer's dq
+      const int part = B::kParts > 1 ? consumer : 0;
+      const int stage = q.stage;
+      float d_q[D / 2];
+      PartialPlace<B> place;
+      if (mine) {
+        place.find(a, u, tile, part);
+        if (B::kEarly) place.load(a, d_q, barrier);
+      }
+      uint32_t p16[kQueries / 4], ds16[kQueries / 4];
+      if (!B::kPipelined) ask_scores(q);
+      wgmma_wait<1>();
+      hold(p);
+      const float4* rows = reinterpret_cast<const float4*>(s.rows[stage]) + lane % 4;  // two queries each
+#pragma unroll
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float4 row = rows[4 * j];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          p[4 * j + 2 * h] = exp2_approx(p[4 * j + 2 * h] - row.x);
+          p[4 * j + 2 * h + 1] = exp2_approx(p[4 * j + 2 * h + 1] - row.z);
+        }
+      }
+      if (keys_end) {  // keys that are not there
+#pragma unroll
+        for (int i = 0; i < kQueries / 2; ++i) {
+          if (key0 + 8 * (i / 2 % 2) >= a.keys) p[i] = 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kQueries / 4; ++i) p16[i] = pack(p[2 * i], p[2 * i + 1]);
+      hold(p16);
+      const auto do_operand = RowsOperand::of<QueryTile>(s.d_o[stage]);
+      const auto q_operand = RowsOperand::of<QueryTile>(s.q[stage]);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        multiply_rows<QueryTile, kMajorK>(d_v, p16 + 4 * i, do_operand, 16 * i);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      hold(dp);
+#pragma unroll
+      for (int j = 0; j < kQueries / 8; ++j) {
+        const float4 row = rows[4 * j];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          // Where registers are scarce, p comes back from its 16 bits.
+          const float low = !B::kEarly ? low_half(p16[2 * j + h]) : p[4 * j + 2 * h];
+          const float high = !B::kEarly ? high_half(p16[2 * j + h]) : p[4 * j + 2 * h + 1];
+          ds16[2 * j + h] = pack(low * (dp[4 * j + 2 * h] - row.y), high * (dp[4 * j + 2 * h + 1] - row.w));
+        }
+      }
+      hold(ds16);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        multiply_rows<QueryTile, kMajorK>(d_k, ds16 + 4 * i, q_operand, 16 * i);
+      }
+      wgmma_commit();
+
+      // ds^T to where all consumers' lies
+      s.ds_empty[ds.stage].wait(ds.parity ^ 1);
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        const int row = 64 * consumer + 16 * warp + lane % 16;
+        store_matrices(shared_address(s.ds[ds.stage] + ScoreTile::offset(row, 2 * i + lane / 16)), ds16[4 * i],
+                       ds16[4 * i + 1], ds16[4 * i + 2], ds16[4 * i + 3]);
+      }
+      fence_async_shared();
+      __syncwarp();
+      if (lane == 0) s.ds_full[ds.stage].arrive();
+      if (!B::kSingle && !B::kEarly && mine) place.load(a, d_q, barrier);
+
+      q.next();
+      if (B::kPipelined && step + 1 < a.query_tiles) {
+        ask_scores(q);
+        wgmma_wait<2>();
+      } else {
+        wgmma_wait<0>();
+      }
+      hold(d_v);
+      hold(d_k);
+      if (thread == 0) s.q_empty[stage].arrive();
+
+      if (mine) {
+        s.ds_full[ds.stage].wait(ds.parity);
+        const Operand scores(shared_address(s.ds[ds.stage]) + part * 4 * ScoreTile::kChunkBytes, Swizzle::k32, ScoreTile::kChunkBytes, 256);
+        const auto keys = RowsOperand::of<KeyTile>(s.k[kv.stage][0]);
+        if (!B::kSingle) hold(d_q);
+        wgmma_fence();
+        multiply_rows<KeyTile, kMajorMN, B::kSingle>(d_q, scores, keys, 0);
+#pragma unroll
+        for (int i = 1; i < B::kKeys / 16; ++i) {  // 16 keys of ds^T, its queries as rows, and of k
+          multiply_rows<KeyTile, kMajorMN>(d_q, scores.moved(i * 16 * 32), keys.moved(i / 4 * KeyTile::kBytes), i % 4 * 16);
+        }
+        wgmma_commit();
+        // Rows of d_q beyond the tile's may be anything, and are none of this tile's.
+        const int query = tile * kQueries + 64 * part + 16 * warp + lane / 4;
+        const int queries = min(a.queries, tile * kQueries + kQueries);
+        const bool whole = B::kSingle || place.turn == a.key_blocks - 1;
+        RawRows<D> raw;
+        if (whole) raw.read(RowPair(a.raw_q, u.sequence, u.head, query, queries));
+        wgmma_wait<0>();
+        hold(d_q);
+        if (thread == 0) s.ds_empty[ds.stage].arrive();
+        if (whole) {
+          place.leave(a, u, barrier);
+          const RowPair out(a.d_q, u.sequence, u.head, query, queries);
+#pragma unroll
+          for (int i = 0; i < D / 2; ++i) {
+            if (!out.there[i / 2 % 2]) d_q[i] = 0.0f;
+          }
+          // The weights in shared memory hold the scale, in units of log2.
+          through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, weight_sums);
+          write_rows<D>(d_q, out);
+        } else {
+          place.keep(a, u, d_q, barrier);
+        }
+      }
+      ds.next();
+    }
+    if (thread == 0) s.kv_empty[kv.stage].arrive();
+    kv.next();
+
+    RawRows<D> raw;
+    raw.read(RowPair(a.raw_k, u.sequence, u.head, key0, a.keys));
+    write_rows<D>(d_v, RowPair(a.d_v, u.sequence, u.head, key0, a.keys));
+    through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, kLn2, nullptr);
+    write_rows<D>(d_k, RowPair(a.d_k, u.sequence, u.head, key0, a.keys));
+  }
+
+  if (a.weight_partials != nullptr) {
+    sync_threads(1 + B::kConsumers, 128 * B::kConsumers);
+    for (int i = threadIdx.x - 128; i < D; i += 128 * B::kConsumers) {
+      float sum = 0.0f;
+      for (int w = 0; w < 4 * B::kConsumers; ++w) sum += s.weight_sums[w][i];
+      a.weight_partials[static_cast<int64_t>(blockIdx.x) * D + i] = sum;
+    }
+  }
+}
+
+template <class B>
+__global__ void __launch_bounds__(B::kThreads, 1)
+    attention_backward_kernel(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ char dynamic[];
+  auto& s = *reinterpret_cast<typename B::Shared*>(aligned_1024(dynamic));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      s.kv_full[i].init(1);
+      s.k_ready[i].init(kNormalisers);
+      s.kv_empty[i].init(B::kConsumers);
+    }
+    for (int i = 0; i < B::kScoreStages; ++i) {
+      s.ds_full[i].init(4 * B::kConsumers);
+      s.ds_empty[i].init(B::kParts);
+    }
+    for (int i = 0; i < B::kStages; ++i) {
+      s.q_full[i].init(1);
+      s.do_full[i].init(1);
+      s.q_ready[i].init(kNormalisers);
+      s.q_empty[i].init(B::kConsumers);
+    }
+    fence_barrier_init();
+  }
+  for (int i = threadIdx.x; i < B::D; i += B::kThreads) s.weights[i] = a.norm.weight(i) * a.norm.scale * kLog2E;
+  for (int i = threadIdx.x; i < 4 * B::kConsumers * B::D; i += B::kThreads) (&s.weight_sums[0][0])[i] = 0.0f;
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
+  if (group == 0) {
+    leave_registers<B::kFeederRegisters>();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp > 0) {
+      normalise<B>(a, s, warp - 1);
+    } else if (threadIdx.x == 0) {
+      produce<B>(a, s);
+    }
+  } else {
+    take_registers<B::kConsumerRegisters>();
+    consume<B>(a, s, group - 1);
+  }
+}
+
+// rows[item, query] = (lse in units of log2, sum of do * o). Few threads a row, each some pieces of 16 bytes.
+template <int D>
+__global__ void __launch_bounds__(256)
+    attention_rows_kernel(HeadArray o, HeadArray d_o, const float* lse, float2* rows, int heads, int queries,
+                          int64_t count) {
+  constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2, kEach = kPieces / kLanes;
+  constexpr int kRows = 32 / kLanes;  // of a warp
+  const int lane = threadIdx.x % 32, part = lane % kLanes;
+  const int64_t index = (static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32) * kRows + lane / kLanes;
+  const bool there = lane < kRows * kLanes && index < count;
+  const int head = static_cast<int>(index % heads);
+  const int64_t token = index / heads;
+  const int query = static_cast<int>(token % queries), sequence = static_cast<int>(token / queries);
+  float sum = 0.0f;
+  if (there) {
+    const auto* x = reinterpret_cast<const uint4*>(o.head(sequence, head) + query * o.row_stride) + part * kEach;
+    const auto* y = reinterpret_cast<const uint4*>(d_o.head(sequence, head) + query * d_o.row_stride) + part * kEach;
+    uint4 u[kEach], w[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) u[i] = __ldg(x + i);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) w[i] = __ldg(y + i);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const uint32_t a[4] = {u[i].x, u[i].y, u[i].z, u[i].w}, b[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sum = fmaf(low_half(a[k]), low_half(b[k]), sum);
+        sum = fmaf(high_half(a[k]), high_half(b[k]), sum);
+      }
+    }
+  }
+  float total = sum;
+#pragma unroll
+  for (int i = 1; i < kLanes; ++i) total += __shfl_down_sync(~0u, sum, i);
+  if (there && part == 0) {
+    const int64_t item = static_cast<int64_t>(sequence) * heads + head;
+    rows[item * queries + query] = make_float2(lse[item * queries + query] * kLog2E, total);
+  }
+}
+
+// d_weights[0] = sum over blocks * k_weight * scale, d_weights[1] likewise with q_weight: both norms' weights only
+// appear as their product.
+__global__ void attention_weights_kernel(const float* partials, int blocks, int D, NormArguments norm, float* d_weights) {
+  const int i = threadIdx.x;
+  if (i >= D) return;
+  float sum = 0.0f;
+  for (int b = 0; b < blocks; ++b) sum += partials[static_cast<int64_t>(b) * D + i];
+  sum *= norm.scale;
+  d_weights[i] = sum * norm.weight(norm.k_weight, i);
+  d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
+}
+
+// How a call is cut, and where its parts of the scratch memory begin.
+struct Plan {
+  int key_blocks, query_tiles, blocks, ring;
+  bool walks;
+  int64_t items, rows_at, turns_at, turns_bytes, weights_at, partials_at, bytes;
+};
+
+template <class B>
+Plan plan_of(const stdit_attention& call) {
+  const auto ceil = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
+  const auto aligned = [&](int64_t n) { return ceil(n, 256) * 256; };
+  Plan p{};
+  p.items = call.sequences * call.heads;
+  p.key_blocks = static_cast<int>(ceil(call.keys, B::kKeys));
+  p.query_tiles = static_cast<int>(ceil(call.queries, B::kQueries));
+  const int most = multiprocessors();
+  // Walking costs nothing but balance: at least four rounds, or as many items as there are blocks.
+  p.walks = p.key_blocks == 1 || (p.key_blocks <= (getenv("ATT_WALK") ? atoi(getenv("ATT_WALK")) : 4) && p.items >= 4 * most) || p.key_blocks > most;
+  const int64_t units = p.walks ? p.items : p.items * p.key_blocks;
+  p.blocks = static_cast<int>(std::min<int64_t>(units, most));
+  p.ring = p.walks ? p.blocks : static_cast<int>(std::min<int64_t>(p.items, p.blocks / p.key_blocks + 3));
+  p.rows_at = 0;
+  p.turns_at = aligned(p.items * call.queries * 8);
+  p.turns_bytes = p.walks ? 0 : p.items * (p.query_tiles * B::kParts + 1) * 4;
+  p.weights_at = p.turns_at + aligned(p.turns_bytes);
+  p.partials_at = p.weights_at + aligned(int64_t{p.blocks} * B::D * 4);
+  p.bytes = p.partials_at + (p.key_blocks == 1 ? 0 : int64_t{p.ring} * p.query_tiles * B::kParts * B::kPartialFloats * 4);
+  return p;
+}
+
+template <class B>
+void launch(const stdit_attention& call, const stdit_attention_gradients& g, cudaStream_t stream) {
+  constexpr int D = B::D;
+  const Plan plan = plan_of<B>(call);
+  char* scratch = static_cast<char*>(g.scratch);
+  BackwardArguments a{};
+  const auto maps = [&](const stdit_heads& array, int64_t rows, int box_rows) {
+    return make_tile_maps<D>(array_of(array), call.sequences, rows, call.heads, box_rows);
+  };
+  a.q = maps(call.q, call.queries, B::kQueries);
+  a.k = maps(call.k, call.keys, 64);
+  a.v = maps(call.v, call.keys, 64);
+  a.d_o = maps(g.d_o, call.queries, B::kQueries);
+  a.raw_q = array_of(call.q);
+  a.raw_k = array_of(call.k);
+  a.d_q = array_of(g.d_q);
+  a.d_k = array_of(g.d_k);
+  a.d_v = array_of(g.d_v);
+  a.norm = norm_of(call);
+  auto* rows = reinterpret_cast<float2*>(scratch + plan.rows_at);
+  a.rows = rows;
+  a.turns = reinterpret_cast<int*>(scratch + plan.turns_at);
+  a.weight_partials = g.d_weights == nullptr ? nullptr : reinterpret_cast<float*>(scratch + plan.weights_at);
+  a.partials = reinterpret_cast<float*>(scratch + plan.partials_at);
+  a.heads = call.heads;
+  a.items = static_cast<int>(plan.items);
+  a.queries = static_cast<int>(call.queries);
+  a.keys = static_cast<int>(call.keys);
+  a.query_tiles = plan.query_tiles;
+  a.key_blocks = plan.key_blocks;
+  a.ring = plan.ring;
+  a.walks = plan.walks;
+
+  if (plan.turns_bytes > 0) STDIT_CHECK(cudaMemsetAsync(a.turns, 0, plan.turns_bytes, stream));
+  constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2;
+  const int64_t count = plan.items * call.queries, per_block = 8 * (32 / kLanes);
+  attention_rows_kernel<D><<<static_cast<unsigned>((count + per_block - 1) / per_block), 256, 0, stream>>>(
+      array_of(call.o), array_of(g.d_o), call.lse, rows, call.heads, a.queries, count);
+  check_launch("attention_rows_kernel");
+  const auto kernel = attention_backward_kernel<B>;
+  STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, B::kSharedBytes));
+  kernel<<<plan.blocks, B::kThreads, B::kSharedBytes, stream>>>(a);
+  check_launch("attention_backward_kernel");
+  if (g.d_weights != nullptr) {
+    attention_weights_kernel<<<1, 128, 0, stream>>>(a.weight_partials, plan.blocks, D, a.norm, g.d_weights);
+    check_launch("attention_weights_kernel");
+  }
+}
+
+bool is_short(const stdit_attention& call) { return call.keys > 128 && call.keys <= 192; }
+
+using Short = Backward<72, 3, 48, 3, true, false>;
+using Long = Backward<72, 2, 64, 3, false, false>;
+using Wide = Backward<72, 2, 128, 2, false, false>;
+
+int choice(const stdit_attention& call) {
+  static const char* e = getenv("ATT_B");
+  return e ? atoi(e) : is_short(call) ? 0 : 1;
+}
+
+}  // namespace
+
+int64_t attention_backward_scratch(const stdit_attention& call) {
+  const int c = choice(call);
+  return c == 0 ? plan_of<Short>(call).bytes : c == 1 ? plan_of<Long>(call).bytes : plan_of<Wide>(call).bytes;
+}
+
+void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+  const int c = choice(call);
+  if (c == 0) launch<Short>(call, gradients, stream);
+  if (c == 1) launch<Long>(call, gradients, stream);
+  if (c == 2) launch<Wide>(call, gradients, stream);
+}
+
+}  // namespace stdit

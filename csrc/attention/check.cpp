@@ -1,0 +1,58 @@
+// What attention's kernels can serve.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "stdit/attention.h"
+
+namespace stdit {
+namespace {
+
+void check_heads(const char* name, const stdit_heads& heads) {
+  if (heads.data == nullptr) throw std::invalid_argument(std::string("attention: ") + name + " is null");
+  if (reinterpret_cast<uintptr_t>(heads.data) % 16 != 0) {
+    throw std::invalid_argument(std::string("attention: ") + name + " does not begin at a multiple of 16 bytes");
+  }
+  for (const int64_t stride : {heads.sequence_stride, heads.row_stride, heads.head_stride}) {
+    if (stride % 8 != 0 || stride <= 0 || stride >= (int64_t{1} << 39)) {
+      throw std::invalid_argument(std::string("attention: a stride of ") + name + " is " + std::to_string(stride) +
+                                  " elements, where multiples of 8 from 8 to 2^39 can be served");
+    }
+  }
+}
+
+}  // namespace
+
+void check_attention(const stdit_attention& call, const stdit_attention_gradients& gradients) {
+  check_attention(call);
+  check_heads("d_o", gradients.d_o);
+  check_heads("d_q", gradients.d_q);
+  check_heads("d_k", gradients.d_k);
+  check_heads("d_v", gradients.d_v);
+  if (reinterpret_cast<uintptr_t>(gradients.scratch) % 256 != 0) {
+    throw std::invalid_argument("attention: the scratch memory does not begin at a multiple of 256 bytes");
+  }
+}
+
+void check_attention(const stdit_attention& call) {
+  check_heads("q", call.q);
+  check_heads("k", call.k);
+  check_heads("v", call.v);
+  check_heads("o", call.o);
+  if (call.head_dim != 72) {
+    throw std::invalid_argument("attention: head dimension " + std::to_string(call.head_dim) + ", where 72 is served");
+  }
+  if (call.weight_dtype != STDIT_FLOAT32 && call.weight_dtype != STDIT_BFLOAT16) {
+    throw std::invalid_argument("attention: unknown dtype " + std::to_string(call.weight_dtype) + " of the weights");
+  }
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (call.sequences < 1 || call.heads < 1 || call.queries < 1 || call.keys < 1) {
+    throw std::invalid_argument("attention: an empty dimension");
+  }
+  const int64_t longest = call.queries > call.keys ? call.queries : call.keys;
+  if (longest > kMost / 64 || call.sequences > kMost || call.sequences * call.heads > kMost / ((longest + 63) / 64)) {
+    throw std::invalid_argument("attention: more than 2^30 blocks of 64 queries or keys");
+  }
+}
+
+}  // namespace stdit

@@ -1,0 +1,245 @@
+// Every attention kernel on small odd shapes, against double precision on the CPU; without torch, for compute-sanitizer:
+//
+//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo -Icsrc -Icsrc/include -o attention_check
+//     csrc/checks/attention_check.cu csrc/attention/*.cu csrc/attention/check.cpp
+//   compute-sanitizer --tool memcheck ./attention_check      # racecheck, synccheck likewise
+//
+// Prints a line for each shape; ends with status 1 if an error is larger than bfloat16's, or a value was not written.
+
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "stdit/attention.h"
+#include "stdit/launch_check.h"
+
+namespace {
+
+constexpr int D = 72;
+constexpr double kEpsilon = 1e-6;
+constexpr double kTolerance = 2e-2;  // of the root mean square: some roundings to bfloat16
+
+using Bf16 = __nv_bfloat16;
+
+template <typename T>
+struct OnDevice {
+  T* data = nullptr;
+  size_t size;
+
+  explicit OnDevice(const std::vector<T>& host) : size(host.size()) {
+    STDIT_CHECK(cudaMalloc(&data, std::max<size_t>(1, size) * sizeof(T)));
+    STDIT_CHECK(cudaMemcpy(data, host.data(), size * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~OnDevice() { cudaFree(data); }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  std::vector<T> host() const {
+    std::vector<T> copy(size);
+    STDIT_CHECK(cudaMemcpy(copy.data(), data, size * sizeof(T), cudaMemcpyDeviceToHost));
+    return copy;
+  }
+};
+
+struct Shape {
+  int sequences, rows, heads;
+  bool normalise;
+};
+
+std::vector<Bf16> random_values(size_t count, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  std::vector<Bf16> values(count);
+  for (Bf16& v : values) v = __float2bfloat16(normal(generator));
+  return values;
+}
+
+// One head of one sequence, in double precision.
+struct Reference {
+  std::vector<double> o, lse, d_q, d_k, d_v;  // [rows, D], lse [rows]
+
+  // part(i, row, column): q, k, v for i = 0, 1, 2, and the gradient of o for 3. The weights' gradients are added.
+  template <class Part>
+  Reference(int rows, bool normalise, const std::vector<float>& w_q, const std::vector<float>& w_k, Part part,
+            std::vector<double>& d_weights)
+      : o(rows * D), lse(rows), d_q(rows * D), d_k(rows * D), d_v(rows * D) {
+    const double scale = 1.0 / std::sqrt(static_cast<double>(D));
+    std::vector<double> hat[2], factor[2];
+    for (int i = 0; i < 2; ++i) {
+      hat[i].resize(rows * D);
+      factor[i].assign(rows, 1.0);
+      for (int r = 0; r < rows; ++r) {
+        double sum = 0;
+        for (int c = 0; c < D; ++c) sum += part(i, r, c) * part(i, r, c);
+        if (normalise) factor[i][r] = 1.0 / std::sqrt(sum / D + kEpsilon);
+        for (int c = 0; c < D; ++c) hat[i][r * D + c] = part(i, r, c) * factor[i][r];
+      }
+    }
+    const auto weight = [&](int i, int c) { return normalise ? (i == 0 ? w_q[c] : w_k[c]) : 1.0; };
+    std::vector<double> p(rows), d_hat[2] = {std::vector<double>(rows * D), std::vector<double>(rows * D)};
+    for (int r = 0; r < rows; ++r) {
+      double high = -INFINITY, sum = 0, delta = 0;
+      for (int k = 0; k < rows; ++k) {
+        double score = 0;
+        for (int c = 0; c < D; ++c) score += hat[0][r * D + c] * weight(0, c) * hat[1][k * D + c] * weight(1, c);
+        p[k] = score * scale;
+        high = std::max(high, p[k]);
+      }
+      for (int k = 0; k < rows; ++k) sum += p[k] = std::exp(p[k] - high);
+      lse[r] = high + std::log(sum);
+      for (int k = 0; k < rows; ++k) {
+        p[k] /= sum;
+        for (int c = 0; c < D; ++c) o[r * D + c] += p[k] * part(2, k, c);
+      }
+      for (int c = 0; c < D; ++c) delta += o[r * D + c] * part(3, r, c);
+      for (int k = 0; k < rows; ++k) {
+        double d_p = 0;
+        for (int c = 0; c < D; ++c) d_p += part(3, r, c) * part(2, k, c);
+        const double d_s = p[k] * (d_p - delta) * scale;
+        for (int c = 0; c < D; ++c) {
+          d_v[k * D + c] += p[k] * part(3, r, c);
+          d_hat[0][r * D + c] += d_s * hat[1][k * D + c] * weight(1, c);  // of q normalised and weighted
+          d_hat[1][k * D + c] += d_s * hat[0][r * D + c] * weight(0, c);
+        }
+      }
+    }
+    for (int i = 0; i < 2; ++i) {
+      for (int r = 0; r < rows; ++r) {
+        double dot = 0;
+        for (int c = 0; c < D; ++c) {
+          d_weights[i * D + c] += d_hat[i][r * D + c] * hat[i][r * D + c];
+          d_hat[i][r * D + c] *= weight(i, c);
+          dot += d_hat[i][r * D + c] * hat[i][r * D + c] / D;
+        }
+        for (int c = 0; c < D; ++c) {
+          (i == 0 ? d_q : d_k)[r * D + c] =
+              factor[i][r] * (d_hat[i][r * D + c] - (normalise ? dot * hat[i][r * D + c] : 0.0));
+        }
+      }
+    }
+  }
+};
+
+// Root mean square of the differences over that of the values (at least `floor`); infinite where something is not finite.
+struct Error {
+  double difference = 0, value = 0;
+  bool finite = true;
+
+  void add(double got, double want) {
+    finite = finite && std::isfinite(got);
+    difference += (got - want) * (got - want);
+    value += want * want;
+  }
+  double relative() const { return finite ? std::sqrt(difference / std::max(value, 1e-12)) : INFINITY; }
+};
+
+bool check(const Shape& shape, unsigned seed) {
+  const int N = shape.sequences, S = shape.rows, H = shape.heads;
+  const size_t size = static_cast<size_t>(N) * S * H * D;
+  const std::vector<Bf16> qkv = random_values(3 * size, seed), d_o = random_values(size, seed + 1);
+  std::vector<float> w_q(D), w_k(D);
+  for (int c = 0; c < D; ++c) {
+    w_q[c] = 1.0f + 0.3f * std::sin(c + seed);
+    w_k[c] = 1.0f + 0.3f * std::cos(2 * c + seed);
+  }
+  const Bf16 nan = __float2bfloat16(NAN);
+  OnDevice<Bf16> qkv_there(qkv), do_there(d_o), o_there(std::vector<Bf16>(size, nan));
+  OnDevice<Bf16> dqkv_there(std::vector<Bf16>(3 * size, nan));
+  OnDevice<float> lse_there(std::vector<float>(static_cast<size_t>(N) * H * S, NAN)), w_q_there(w_q), w_k_there(w_k);
+  OnDevice<float> d_weights_there(std::vector<float>(2 * D, NAN));
+
+  const int64_t row = 3 * H * D;
+  const auto packed = [&](Bf16* data, int part) { return stdit_heads{data + part * H * D, S * row, row, D}; };
+  const auto plain = [&](Bf16* data) { return stdit_heads{data, int64_t{S} * H * D, H * D, D}; };
+  stdit_attention call{};
+  call.q = packed(qkv_there.data, 0);
+  call.k = packed(qkv_there.data, 1);
+  call.v = packed(qkv_there.data, 2);
+  call.o = plain(o_there.data);
+  call.lse = lse_there.data;
+  call.weight_dtype = STDIT_FLOAT32;
+  if (shape.normalise) {
+    call.q_weight = w_q_there.data;
+    call.k_weight = w_k_there.data;
+  }
+  call.normalise_q = call.normalise_k = shape.normalise;
+  call.sequences = N;
+  call.queries = call.keys = S;
+  call.heads = H;
+  call.head_dim = D;
+  call.scale = 1.0f / std::sqrt(static_cast<float>(D));
+  call.epsilon = kEpsilon;
+  stdit::check_attention(call);
+  stdit::attention_forward(call, nullptr);
+  OnDevice<char> scratch(std::vector<char>(stdit::attention_backward_scratch(call), -1));
+  stdit_attention_gradients gradients{};
+  gradients.d_o = plain(do_there.data);
+  gradients.d_q = packed(dqkv_there.data, 0);
+  gradients.d_k = packed(dqkv_there.data, 1);
+  gradients.d_v = packed(dqkv_there.data, 2);
+  gradients.d_weights = shape.normalise ? d_weights_there.data : nullptr;
+  gradients.scratch = scratch.data;
+  stdit::check_attention(call, gradients);
+  stdit::attention_backward(call, gradients, nullptr);
+  STDIT_CHECK(cudaDeviceSynchronize());
+
+  const std::vector<Bf16> o = o_there.host(), dqkv = dqkv_there.host();
+  const std::vector<float> lse = lse_there.host(), d_weights = d_weights_there.host();
+  std::vector<double> d_weights_want(2 * D, 0.0);
+  Error errors[6];  // o, lse, d_q, d_k, d_v, d_weights
+  for (int n = 0; n < N; ++n) {
+    for (int h = 0; h < H; ++h) {
+      const auto at = [&](int part, int r, int c) { return ((static_cast<size_t>(n) * S + r) * 3 + part) * H * D + h * D + c; };
+      const auto at_o = [&](int r, int c) { return ((static_cast<size_t>(n) * S + r) * H + h) * D + c; };
+      const Reference want(
+          S, shape.normalise, w_q, w_k,
+          [&](int part, int r, int c) -> double {
+            return __bfloat162float(part < 3 ? qkv[at(part, r, c)] : d_o[at_o(r, c)]);
+          },
+          d_weights_want);
+      for (int r = 0; r < S; ++r) {
+        errors[1].add(lse[(static_cast<size_t>(n) * H + h) * S + r], want.lse[r]);
+        for (int c = 0; c < D; ++c) {
+          errors[0].add(__bfloat162float(o[at_o(r, c)]), want.o[r * D + c]);
+          errors[2].add(__bfloat162float(dqkv[at(0, r, c)]), want.d_q[r * D + c]);
+          errors[3].add(__bfloat162float(dqkv[at(1, r, c)]), want.d_k[r * D + c]);
+          errors[4].add(__bfloat162float(dqkv[at(2, r, c)]), want.d_v[r * D + c]);
+        }
+      }
+    }
+  }
+  if (shape.normalise) {
+    for (int i = 0; i < 2 * D; ++i) errors[5].add(d_weights[i], d_weights_want[i]);
+  }
+  // One key: no gradient reaches q and k, and what there is of it is rounding.
+  const bool one = S == 1;
+  bool good = true;
+  std::printf("%d x %d x %d%s:", N, S, H, shape.normalise ? "" : ", no norm");
+  const char* const names[] = {"o", "lse", "dq", "dk", "dv", "dw"};
+  for (int i = 0; i < 6; ++i) {
+    const bool tiny = one && (i == 2 || i == 3 || i == 5);
+    const double error = tiny ? std::sqrt(errors[i].difference) : errors[i].relative();
+    std::printf(" %s %.1e", names[i], error);
+    good = good && errors[i].finite && error < kTolerance;
+  }
+  std::printf(good ? "\n" : "  TOO LARGE\n");
+  return good;
+}
+
+}  // namespace
+
+int main() {
+  const Shape shapes[] = {{1, 1, 1, true},   {2, 7, 3, true},   {3, 64, 1, true},   {1, 65, 2, true},   {2, 129, 1, true},
+                          {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true}, {1, 192, 1, true},  {1, 193, 2, true},
+                          {5, 300, 30, true}, {1, 385, 1, true}, {1, 700, 1, true},  {1, 300, 1, false}};
+  bool good = true;
+  unsigned seed = 1;
+  for (const Shape& shape : shapes) good = check(shape, seed++) && good;
+  std::printf(good ? "all right\n" : "FAILED\n");
+  return good ? 0 : 1;
+}

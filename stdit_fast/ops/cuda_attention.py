@@ -1,0 +1,128 @@
+"""Our own attention for Hopper: what it serves, and its calls, below autograd and on packed qkv."""
+
+import torch
+from torch import Tensor
+
+from stdit_fast import _cuda
+
+HEAD_DIM = 72
+_ALIGNMENT = 8  # elements: the copy engine takes addresses and strides in steps of 16 bytes
+
+
+def available(device: int) -> tuple[bool, str]:
+    """Whether the kernels run on that GPU, and the reason."""
+    there, reason = _cuda.available(device)
+    if not there:
+        return False, reason
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False, "our attention is for Hopper (compute capability 9.0)"
+    return True, reason
+
+
+def unserved(qkv: Tensor) -> str:
+    """Why our kernels cannot serve a call on qkv [..., D], or an empty string."""
+    if not qkv.is_cuda:
+        return f"a tensor on {qkv.device.type}"
+    if qkv.dtype != torch.bfloat16:
+        return f"{qkv.dtype}, where torch.bfloat16 is served"
+    if qkv.shape[-1] != HEAD_DIM:
+        return f"head dimension {qkv.shape[-1]}, where {HEAD_DIM} is served"
+    there, reason = available(qkv.device.index)
+    return "" if there else reason
+
+
+def forward(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Attention of each of N sequences over itself, q and k normalised where they have a weight.
+
+    Args:
+        qkv: [N, S, 3, H, D] bfloat16.
+        q_weight, k_weight: [D] or None.
+        eps: of the RMSNorm.
+
+    Returns:
+        o [N, S, H, D], contiguous; lse [N, H, S] float32: the logarithm of the sum of exponentials of a row of scores.
+    """
+    qkv = _readable(qkv)
+    sequences, positions, _, heads, head_dim = qkv.shape
+    o = qkv.new_empty((sequences, positions, heads, head_dim))
+    lse = qkv.new_empty((sequences, heads, positions), dtype=torch.float32)
+    call, _kept = _call(qkv, q_weight, k_weight, eps, o, lse)
+    call.forward(qkv.device.index, _stream(qkv))
+    return o, lse
+
+
+def backward(
+    d_o: Tensor,
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    eps: float,
+    d_qkv: Tensor,
+) -> Tensor:
+    """Writes the gradient of qkv into `d_qkv` [N, S, 3, H, D]; answers that of both weights, [2, D] float32.
+
+    Bit for bit the same on repeat.
+    """
+    qkv, o, d_o = _readable(qkv), o.contiguous(), d_o.contiguous()
+    call, _kept = _call(qkv, q_weight, k_weight, eps, o, lse.contiguous())
+    device = qkv.device.index
+    d_weights = qkv.new_empty((2, qkv.shape[-1]), dtype=torch.float32)
+    scratch = qkv.new_empty(call.backward_scratch(device), dtype=torch.uint8)
+    wanted = q_weight is not None or k_weight is not None
+    call.backward(
+        d_o=_heads(d_o),
+        **{f"d_{name}": _heads(part) for name, part in zip("qkv", d_qkv.unbind(2), strict=True)},
+        d_weights=d_weights.data_ptr() if wanted else 0,
+        scratch=scratch.data_ptr(),
+        device=device,
+        stream=_stream(qkv),
+    )
+    return d_weights
+
+
+def _call(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, o: Tensor, lse: Tensor):
+    """The library's description of a call, and the tensors that must live until it is launched."""
+    library = _cuda.library()
+    sequences, positions, _, heads, head_dim = qkv.shape
+    weights = [None if w is None else w.detach().contiguous() for w in (q_weight, k_weight)]
+    if len({w.dtype for w in weights if w is not None} | {torch.bfloat16}) > 1:
+        weights = [None if w is None else w.float() for w in weights]
+    in_float32 = any(w is not None and w.dtype == torch.float32 for w in weights)
+    q_address, k_address = (0 if w is None else w.data_ptr() for w in weights)
+    call = library.Attention(
+        **{name: _heads(part) for name, part in zip("qkv", qkv.unbind(2), strict=True)},
+        o=_heads(o),
+        lse=lse.data_ptr(),
+        q_weight=q_address,
+        k_weight=k_address,
+        weight_dtype=library.FLOAT32 if in_float32 else library.BFLOAT16,
+        normalise_q=q_weight is not None,
+        normalise_k=k_weight is not None,
+        sequences=sequences,
+        queries=positions,
+        keys=positions,
+        heads=heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        epsilon=eps,
+    )
+    return call, weights
+
+
+def _heads(x: Tensor) -> tuple[int, int, int, int]:
+    """Address and strides of [N, S, H, D]; those of an axis of length 1 may be anything and are made to fit."""
+    strides = (max(_ALIGNMENT, x.stride(i)) if x.shape[i] > 1 else _ALIGNMENT for i in range(3))
+    return x.data_ptr(), *strides
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    """qkv where it lies if the copy engine can read it there, else a copy."""
+    strides = [qkv.stride(i) for i in range(qkv.dim() - 1) if qkv.shape[i] > 1]
+    aligned = qkv.data_ptr() % 16 == 0 and all(s > 0 and s % _ALIGNMENT == 0 for s in strides)
+    return qkv if aligned and qkv.stride(-1) == 1 else qkv.contiguous()
+
+
+def _stream(x: Tensor) -> int:
+    return torch.cuda.current_stream(x.device).cuda_stream

@@ -1,0 +1,248 @@
+"""Our CUDA attention: what it refuses without a GPU; on a Hopper GPU, against the definition in float64."""
+
+import importlib
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import check, randn, relative_error
+
+from stdit_fast import _cuda, ops
+from stdit_fast.ops import cuda_attention
+
+spatial_attention = importlib.import_module("stdit_fast.ops.spatial_attention")  # the module, not the function
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+REGISTERS = CSRC / "registers.json"
+HEAD_DIM = cuda_attention.HEAD_DIM
+BUILT, BUILT_REASON = _cuda.built()
+ON_GPU, GPU_REASON = cuda_attention.available(0) if torch.cuda.is_available() else (False, "no GPU")
+needs_library = pytest.mark.skipif(not BUILT, reason=f"CUDA library {BUILT_REASON}")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+
+# Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time.
+LENGTHS = [1, 2, 15, 64, 65, 80, 127, 128, 129, 144, 160, 161, 192, 193, 256, 300, 385, 1590]
+
+
+# ------------------------------------------------------------ without a GPU
+
+
+@pytest.mark.parametrize(
+    ("qkv", "reason"),
+    [
+        (torch.empty(1, 1, 4, 3, 2, HEAD_DIM, dtype=torch.bfloat16), "a tensor on cpu"),
+        (torch.empty(1, 1, 4, 3, 2, HEAD_DIM, dtype=torch.bfloat16, device="meta"), "a tensor on meta"),
+    ],
+)
+def test_what_is_not_served_has_a_reason(qkv, reason):
+    assert cuda_attention.unserved(qkv) == reason
+
+
+def arguments(**changes) -> dict:
+    """Of a call that the library takes, with changes."""
+    heads = {name: (4096 * (i + 1), 8 * 216, 216, 72) for i, name in enumerate("qkvo")}
+    sizes = {"sequences": 2, "queries": 8, "keys": 8, "heads": 1, "head_dim": HEAD_DIM, "scale": 1.0, "epsilon": 1e-6}
+    weights = {"q_weight": 0, "k_weight": 0, "weight_dtype": 0, "normalise_q": True, "normalise_k": True}
+    return {**heads, **sizes, **weights, "lse": 0, **changes}
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 64}, "head dimension 64, where 72 is served"),
+        ({"queries": 0}, "an empty dimension"),
+        ({"q": (0, 8, 8, 8)}, "q is null"),
+        ({"k": (4104, 8, 8, 8)}, "k does not begin at a multiple of 16 bytes"),
+        ({"v": (4096, 8, 12, 8)}, "a stride of v is 12 elements, where multiples of 8"),
+        ({"o": (4096, -8, 8, 8)}, "a stride of o is -8 elements"),
+        ({"weight_dtype": 9}, "unknown dtype 9 of the weights"),
+        ({"sequences": 2**30, "heads": 16}, r"more than 2\^30 blocks"),
+    ],
+)
+def test_calls_that_cannot_be_served_are_refused_before_any_launch(changes, message):
+    call = _cuda.library().Attention(**arguments(**changes))
+    with pytest.raises(RuntimeError, match=message):
+        call.forward(0, 0)
+    with pytest.raises(RuntimeError, match=message):
+        call.backward_scratch(0)
+
+
+@needs_library
+def test_gradients_that_cannot_be_written_are_refused():
+    call, good = _cuda.library().Attention(**arguments()), (4096, 8, 8, 8)
+    rest = {"d_o": good, "d_q": good, "d_k": good, "d_v": good, "d_weights": 0, "scratch": 256, "device": 0, "stream": 0}
+    with pytest.raises(RuntimeError, match="d_k does not begin at a multiple of 16 bytes"):
+        call.backward(**{**rest, "d_k": (4100, 8, 8, 8)})
+    with pytest.raises(RuntimeError, match="scratch memory does not begin at a multiple of 256"):
+        call.backward(**{**rest, "scratch": 100})
+
+
+@needs_nvcc
+def test_registers_are_those_of_the_table(tmp_path):
+    """Hot kernels live in registers: what a change costs shows here. `registers.json` holds what nvcc 13.0 gives."""
+    table = json.loads(REGISTERS.read_text())
+    found = registers_of(sorted(CSRC.rglob("*.cu")), tmp_path)
+    assert set(found) == set(table), "write the new kernel into csrc/registers.json"
+    for kernel, used in found.items():
+        for what, count in used.items():
+            assert count <= table[kernel][what], f"{kernel}: {what} {count}, in {REGISTERS.name} {table[kernel][what]}"
+
+
+def registers_of(sources: list[Path], folder: Path) -> dict[str, dict[str, int]]:
+    """Registers a thread, bytes of spilling stores and loads, by kernel and its numbers in brackets."""
+    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
+    found = {}
+    for source in sources:
+        if source.parent.name == "checks":
+            continue
+        result = subprocess.run(
+            [*command, f"-I{CSRC}", f"-I{CSRC / 'include'}", "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        assert result.returncode == 0, result.stdout
+        pattern = (
+            r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+        )
+        for mangled, stores, loads, registers in re.findall(pattern, result.stdout, re.DOTALL):
+            name = re.search(r"[a-z]+(?:_[a-z]+)*_kernel|$", mangled)[0]
+            if not name:
+                continue
+            numbers = ",".join(re.findall(r"L[ib](\d+)E", mangled))
+            dtype = "float" if "kernelIf" in mangled else "bfloat16" if "kernelI13__nv_bfloat16" in mangled else ""
+            found[f"{name}[{numbers or dtype}]"] = {
+                "registers": int(registers),
+                "spill_stores": int(stores),
+                "spill_loads": int(loads),
+            }
+    return found
+
+
+# ------------------------------------------------------------ on a GPU
+
+
+def fused(qkv, q_weight, k_weight):
+    return ops.spatial_attention(qkv, q_weight, k_weight, backend="fused")
+
+
+def plain(qkv, q_weight, k_weight):
+    return ops.spatial_attention(qkv, q_weight, k_weight, backend="reference")
+
+
+def inputs(batch: int, frames: int, length: int, heads: int, norm: bool = True, scale: float = 1.0) -> dict:
+    qkv = randn(batch, frames, length, 3, heads, HEAD_DIM, scale=scale)
+    if not norm:
+        return {"qkv": qkv, "q_weight": None, "k_weight": None}
+    return {"qkv": qkv, **{f"{x}_weight": 1 + 0.3 * randn(HEAD_DIM, seed=i) for i, x in enumerate("qk")}}
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", LENGTHS)
+def test_against_the_definition(length):
+    given = inputs(1, 2, length, 3)
+    assert not cuda_attention.unserved(given["qkv"].bfloat16())
+    check(fused, plain, given, torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [7, 144, 300])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_without_norm(length, scale):
+    """Scores have no bound then: the softmax looks for a maximum."""
+    check(fused, plain, inputs(1, 2, length, 2, norm=False, scale=scale), torch.bfloat16)
+
+
+@needs_gpu
+def test_weights_too_large_for_a_bound():
+    given = inputs(1, 1, 300, 2)
+    given["q_weight"], given["k_weight"] = given["q_weight"] * 4, given["k_weight"] * 4
+    check(fused, plain, given, torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("frames", "length", "heads"), [(24, 144, 16), (24, 300, 16), (2, 1100, 16), (40, 513, 16)])
+def test_more_heads_than_multiprocessors(frames, length, heads):
+    """Blocks take several units; a head's keys are walked by one block or shared by several, in turn."""
+    given = inputs(1, frames, length, heads)
+    given = {name: x.bfloat16().requires_grad_() for name, x in given.items()}
+    grad = randn(1, frames, length, heads * HEAD_DIM, seed=9, dtype=torch.bfloat16)
+    ours = gradients(fused, given, grad)
+    for got, again in zip(ours, gradients(fused, given, grad), strict=True):
+        assert torch.equal(got, again)
+    for got, want in zip(ours, gradients(plain, given, grad), strict=True):
+        assert relative_error(got, want) < 2e-2
+
+
+def gradients(function, given: dict, grad: torch.Tensor) -> list[torch.Tensor]:
+    out = function(**given)
+    return [out.detach(), *torch.autograd.grad(out, list(given.values()), grad)]
+
+
+@needs_gpu
+def test_every_value_is_written(monkeypatch):
+    """Memory that comes full of NaN leaves none in the outputs."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    for length in (5, 144, 300):
+        given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, length, 3).items()}
+        for x in gradients(fused, given, randn(1, 2, length, 3 * HEAD_DIM, dtype=torch.bfloat16)):
+            assert x.isfinite().all()
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, 1:],
+        lambda x: x.transpose(0, 1),
+        lambda x: x[..., 8 : 8 + HEAD_DIM],
+        lambda x: x[..., 1 : 1 + HEAD_DIM],
+        lambda x: x[:, :, :, :, 1:],
+    ],
+    ids=["cut", "frames", "aligned", "misaligned", "heads"],
+)
+def test_strided_inputs(view):
+    wide = randn(2, 2, 70, 3, 3, HEAD_DIM + 16, dtype=torch.bfloat16)
+    here = view(wide)[..., :HEAD_DIM]
+    w = [1 + 0.3 * randn(HEAD_DIM, seed=i, dtype=torch.bfloat16) for i in range(2)]
+    assert torch.equal(fused(here, *w), fused(here.contiguous(), *w))
+
+
+@needs_gpu
+def test_on_another_stream_and_in_a_graph():
+    given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, 300, 2).items()}
+    grad = randn(1, 2, 300, 2 * HEAD_DIM, dtype=torch.bfloat16)
+    want = gradients(fused, given, grad)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        got = gradients(fused, given, grad)
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = gradients(fused, given, grad)
+    for _ in range(2):
+        graph.replay()
+    torch.cuda.synchronize()
+    for a, b, c in zip(want, got, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@needs_gpu
+def test_registered_op():
+    qkv = randn(1, 2, 70, 3, 2, HEAD_DIM, dtype=torch.bfloat16).requires_grad_()
+    w = [(1 + 0.3 * randn(HEAD_DIM, seed=i, dtype=torch.bfloat16)).requires_grad_() for i in range(2)]
+    torch.library.opcheck(spatial_attention._op, (qkv, *w, 1e-6))
+    compiled = torch.compile(fused, fullgraph=True)
+    assert torch.equal(compiled(qkv, *w), fused(qkv, *w))

@@ -24,11 +24,8 @@ def step_table(path: Path) -> str:
     records = list(latest(path).values())
     cases = list(dict.fromkeys(r["case"] for r in records))
     for r in sorted(records, key=lambda r: (cases.index(r["case"]), IMPLEMENTATIONS.index(r["impl"]))):
-        rate = r["flops"] / r["ms"] / 1e9
-        spread = f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})"
-        peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
-        rows.append(f"| {r['case']}{_checkpointing(r['notes'])} | {r['impl']} | {spread} | {rate:.0f} | {peak} |")
-    return "\n".join([*rows, "", _machine(records[-1]), "", "`python -m stdit_fast.benchmarks.step`"])
+        rows.append(f"| {r['case']}{_checkpointing(r['notes'])} | {r['impl']} | {_figures(r)} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.step`"])
 
 
 def _checkpointing(notes: dict) -> str:
@@ -36,6 +33,25 @@ def _checkpointing(notes: dict) -> str:
     if kind == "off":
         return ""
     return f", {notes['checkpointed_blocks']} blocks recomputed" if kind == "auto" else ", all blocks recomputed"
+
+
+def sample_table(path: Path) -> str:
+    """Markdown: a row for each case of the sample suite, what was timed, and each implementation."""
+    rows = [
+        "| case | what | implementation | ms (low to high) | TFLOP/s | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    records = list(latest(path).values())
+    for r in records:
+        implementation = r["impl"].removesuffix(r["notes"]["what"]).strip()
+        rows.append(f"| {r['case']} | {_what(r['notes'])} | {implementation} | {_figures(r)} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sample`"])
+
+
+def _what(notes: dict) -> str:
+    """What a record of the sample suite timed, in words."""
+    names = {"samples": f"a sample, {notes.get('steps')} steps", "forward": "one prediction"}
+    return names.get(notes["what"], notes["what"])
 
 
 def ops_table(path: Path) -> str:
@@ -50,19 +66,44 @@ def ops_table(path: Path) -> str:
             plain, compiled = (records[suite, case, peer]["ms"] for peer in ("reference", "compile"))
             share = fused["notes"]["share_of_copy"]
             rows.append(f"| {case} | {plain:.3f} | {compiled:.3f} | {fused['ms']:.3f} | {share:.0%} |")
-    some = next(iter(records.values()))
-    bandwidth = f"a device copy reads and writes {some['notes']['copy_bytes_per_s'] / 1e12:.2f} TB/s."
-    return "\n".join([*rows, "", f"{_machine(some)[:-1]}; {bandwidth}", "", "`python -m stdit_fast.benchmarks.ops`"])
+    copy = next(iter(records.values()))["notes"]["copy_bytes_per_s"]
+    bandwidth = f"a device copy reads and writes {copy / 1e12:.2f} TB/s."
+    return "\n".join(
+        [
+            *rows,
+            "",
+            f"{_machine(list(records.values()))[:-1]}; {bandwidth}",
+            "",
+            "`python -m stdit_fast.benchmarks.ops`",
+        ]
+    )
 
 
-def _machine(record: dict) -> str:
-    return f"{record['device']}, PyTorch {record['versions']['torch']}, {record['date']}."
+def _figures(r: dict) -> str:
+    """Time with its spread, rate and memory, as cells."""
+    peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
+    spread = f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})"
+    return f"{spread} | {r['flops'] / r['ms'] / 1e9:.0f} | {peak}"
+
+
+def _machine(records: list[dict]) -> str:
+    """Where and when the records were measured."""
+    devices, versions, dates = (
+        sorted({value(r) for r in records})
+        for value in (lambda r: r["device"], lambda r: r["versions"]["torch"], lambda r: r["date"])
+    )
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{' and '.join(devices)}, PyTorch {' and '.join(versions)}, {when}."
 
 
 def tables() -> dict[str, str]:
     """Every generated part of the README by its name."""
     results = ROOT / "benchmarks" / "results" / "h200"
-    return {"step h200": step_table(results / "step.jsonl"), "ops h200": ops_table(results / "ops.jsonl")}
+    return {
+        "step h200": step_table(results / "step.jsonl"),
+        "sample h200": sample_table(results / "sample.jsonl"),
+        "ops h200": ops_table(results / "ops.jsonl"),
+    }
 
 
 def filled(text: str) -> str:

@@ -143,6 +143,7 @@ def main() -> int:
     print(COLUMNS)
     for impl in args.impl:
         model = build(impl, args.depth, device).eval()
+        _peak()  # forgets what building took
         for case in args.cases:
             found = run_forward(model, case, impl, args) if args.forward else [run_samples(model, case, impl, args)]
             for r in found:

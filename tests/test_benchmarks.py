@@ -7,7 +7,7 @@ import pytest
 
 from stdit_fast import STDiT2Config
 from stdit_fast.benchmarks import sample, step
-from stdit_fast.benchmarks.readme import latest
+from stdit_fast.benchmarks.readme import latest, sample_table
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
 
@@ -103,3 +103,39 @@ def test_sampling_is_recorded(tmp_path, monkeypatch, forward):
         wanted = {"reference forward": 2 * one, "reference training forward": one + 200 * 4 * c**2}
     assert {r["impl"]: r["flops"] for r in records} == wanted
     assert all(r["suite"] == "sample" and r["ms"] > 0 for r in records)
+
+
+def test_the_table_of_sampling(tmp_path):
+    machine = {"device": "a GPU", "versions": {"torch": "2.11.0"}}
+    whole = {"what": "samples", "steps": 30, "guidance": 7.0, "depth": 28}
+    common = {
+        "suite": "sample",
+        "case": "a-16-1",
+        "ms": 2000.0,
+        "ms_low": 1990.0,
+        "ms_high": 2010.4,
+        "flops": 4 * 10**14,
+    }
+    records = [
+        common | machine | {"impl": "fused", "peak_gib": None, "notes": whole, "date": "2026-01-02"},
+        common
+        | machine
+        | {"impl": "fused forward", "peak_gib": 1.25, "notes": {"what": "forward"}, "date": "2026-01-01"},
+        common
+        | machine
+        | {
+            "impl": "compile training forward",
+            "peak_gib": 9,
+            "notes": {"what": "training forward"},
+            "date": "2026-01-01",
+        },
+    ]
+    path = tmp_path / "sample.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = sample_table(path).splitlines()
+    assert lines[2:5] == [
+        "| a-16-1 | a sample, 30 steps | fused | 2000 (1990 to 2010) | 200 | - |",
+        "| a-16-1 | one prediction | fused | 2000 (1990 to 2010) | 200 | 1.2 |",
+        "| a-16-1 | training forward | compile | 2000 (1990 to 2010) | 200 | 9.0 |",
+    ]
+    assert "a GPU, PyTorch 2.11.0, 2026-01-01 to 2026-01-02." in lines

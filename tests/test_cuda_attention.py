@@ -76,7 +76,16 @@ def test_calls_that_cannot_be_served_are_refused_before_any_launch(changes, mess
 @needs_library
 def test_gradients_that_cannot_be_written_are_refused():
     call, good = _cuda.library().Attention(**arguments()), (4096, 8, 8, 8)
-    rest = {"d_o": good, "d_q": good, "d_k": good, "d_v": good, "d_weights": 0, "scratch": 256, "device": 0, "stream": 0}
+    rest = {
+        "d_o": good,
+        "d_q": good,
+        "d_k": good,
+        "d_v": good,
+        "d_weights": 0,
+        "scratch": 256,
+        "device": 0,
+        "stream": 0,
+    }
     with pytest.raises(RuntimeError, match="d_k does not begin at a multiple of 16 bytes"):
         call.backward(**{**rest, "d_k": (4100, 8, 8, 8)})
     with pytest.raises(RuntimeError, match="scratch memory does not begin at a multiple of 256"):
@@ -108,9 +117,7 @@ def registers_of(sources: list[Path], folder: Path) -> dict[str, dict[str, int]]
             stderr=subprocess.STDOUT,
         )
         assert result.returncode == 0, result.stdout
-        pattern = (
-            r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-        )
+        pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) "
         for mangled, stores, loads, registers in re.findall(pattern, result.stdout, re.DOTALL):
             name = re.search(r"[a-z]+(?:_[a-z]+)*_kernel|$", mangled)[0]
             if not name:

@@ -1,3 +1,4 @@
+import csv
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from stdit_fast.media.read import decode_clip, decode_image
 from stdit_fast.train.bad_samples import BadSamples, TooManyBadSamples
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.dataset import NoGoodSample, VideoTextDataset, make_loader
+from stdit_fast.train.demo_data import ASPECTS, CAPTIONS, make_demo_data
 from stdit_fast.train.metadata import load_metadata
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
 
@@ -336,3 +338,20 @@ def test_many_bad_samples_stop_a_run_early(tmp_path):
 def test_a_share_outside_zero_to_one(tmp_path, share):
     with pytest.raises(ConfigError, match="max_bad_share"):
         BadSamples(tmp_path / "b.jsonl", share)
+
+
+def test_the_demos_shots(tmp_path):
+    """Whole, in each shape, and several times in the table."""
+    table = make_demo_data(DATA, tmp_path, whole_shots=True, repeats=2)
+    with open(table) as file:
+        rows = [(row["path"], row["text"]) for row in csv.DictReader(file)]
+    once = rows[: len(rows) // 2]
+    assert once == rows[len(once) :] and len(set(once)) == len(once)
+    shots = [text for texts in CAPTIONS.values() for text in texts.values()][:-2] + [
+        CAPTIONS["carphone_pristine.mp4"][0]
+    ]
+    videos = [(path, text) for path, text in once if path.endswith("mp4")]  # one shot is too short to be used
+    assert [text for _, text in videos] == [text for text in shots for _ in ASPECTS]
+    metadata = load_metadata(table, progress=False)
+    frames = {Path(metadata.row(i).path).name: metadata.row(i).num_frames for i in range(len(metadata))}
+    assert frames["bigbuckbunny-040-wide.mp4"] == 50 and frames["carphone_pristine-000-tall.mp4"] == 120

@@ -3,6 +3,8 @@
 import copy
 import json
 import logging
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -379,6 +381,29 @@ def test_cuda_graphs_give_the_same(case, full, monkeypatch):
                 assert torch.equal(mine[name], value), name
             else:  # padding makes the text's GEMM larger, and the library may add in another order there
                 assert relative_error(mine[name], value) < 0.04, name
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_other_threads_pin_memory_during_a_capture(monkeypatch):
+    """As the data loader's does, which would fail, and the training with it."""
+    fused, _ = models(torch.bfloat16)
+    fused.train()
+    fused.set_cuda_graphs(True)
+    monkeypatch.setattr("stdit_fast.model.graphs.SEEN_BEFORE", 0)
+    captured, pinned = threading.Event(), []
+
+    def pin():
+        while not captured.is_set() and len(pinned) < 5000:
+            pinned.append(torch.empty(8192, dtype=torch.uint8, pin_memory=True))  # kept, so that each is a new one
+
+    with ThreadPoolExecutor(1) as pool:
+        pinning = pool.submit(pin)
+        try:
+            step(fused, on_device(CASES["video"]()))
+        finally:
+            captured.set()
+        pinning.result()
+    assert fused.graphs.captured == 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")

@@ -32,10 +32,11 @@ class Plan(NamedTuple):
     steps: int
     clips: int  # that samples are made of
     sampling_steps: int
+    data: dict = {}  # of make_demo_data
 
 
 PLANS = {
-    "cuda": Plan(CONFIGS / "demo_gpu.yaml", 8000, 3, 100),
+    "cuda": Plan(CONFIGS / "demo_gpu.yaml", 4000, 3, 100, {"whole_shots": True, "repeats": 24}),
     "cpu": Plan(CONFIGS / "tiny.yaml", 600, 2, 30),
     "short": Plan(CONFIGS / "tiny.yaml", 60, 1, 4),
 }
@@ -51,8 +52,8 @@ def main() -> int:
 
     run = args.outputs / "run"
     shutil.rmtree(run, ignore_errors=True)  # a demo starts anew; only its data set stays
-    table = make_demo_data(args.clips, args.outputs / "clips")
     plan = PLANS["short" if args.short else "cuda" if torch.cuda.is_available() else "cpu"]
+    table = make_demo_data(args.clips, args.outputs / ("shots" if plan.data else "clips"), **plan.data)
     steps = plan.steps
     shared = ["--config", str(plan.config), "--dataset.data_path", str(table), "--outputs", str(run)]
     shared += ["--ckpt_every", str(steps // 4), "--validation.every", str(steps // 4)]
@@ -65,7 +66,7 @@ def main() -> int:
     first, last = _loss_ends(run / "metrics.jsonl", steps)
     pictures = draw(run, [*shared, "--steps", str(steps)])
     checkpoint = newest_checkpoint(run / "checkpoints")
-    logger.info("Sampling: from texts, from first frames, from halves of clips.")
+    logger.info("Sampling: from texts, from first frames, from beginnings of clips.")
     samples = ["--checkpoint", str(checkpoint), "--out", str(run / "samples")]
     samples += ["--count", str(plan.clips), "--steps", str(plan.sampling_steps)]
     _run("stdit_fast.train.showcase", samples)

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -45,12 +46,15 @@ class Row:
     text: str
 
 
-def make_demo_data(clips: Path, folder: Path) -> Path:
+def make_demo_data(clips: Path, folder: Path, *, whole_shots: bool = False, repeats: int = 1) -> Path:
     """Writes segments, stills and `metadata.csv` into `folder`, once; answers the table's path.
 
     Args:
         clips: folder that holds the three clips.
         folder: where the set goes; complete when its metadata.csv is there.
+        whole_shots: shots stay whole, so that clips may begin anywhere in them.
+        repeats: how often each row stands in the table. So few samples fill no batch: it would be padded with copies,
+            of the same noise. Rows differ in theirs.
 
     Raises:
         ConfigError: a clip is not there.
@@ -65,12 +69,13 @@ def make_demo_data(clips: Path, folder: Path) -> Path:
     rows: list[Row] = []
     for name in tqdm(CAPTIONS, desc="cutting clips", unit="clip"):
         frames, rate = _read(clips / name)
-        rows += _segments(name, frames, rate, folder) + _stills(name, frames, folder)
+        lengths = (len(frames),) if whole_shots else SEGMENT_FRAMES
+        rows += _segments(name, frames, rate, folder, lengths) + _stills(name, frames, folder)
     draft = table.with_suffix(".tmp")
     with open(draft, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "text"))
-        writer.writerows((row.path, row.text) for row in rows)
+        writer.writerows((row.path, row.text) for row in rows * repeats)
     os.replace(draft, table)
     return table
 
@@ -97,14 +102,14 @@ def _crop(frame: np.ndarray, aspect: float) -> np.ndarray:
     return frame[top : top + h, left : left + w]
 
 
-def _segments(name: str, frames: list[np.ndarray], rate: Fraction, folder: Path) -> list[Row]:
-    """Cuts each shot into segments, and each of those into the three shapes."""
+def _segments(name: str, frames: list[np.ndarray], rate: Fraction, folder: Path, lengths: Sequence[int]) -> list[Row]:
+    """Cuts each shot into segments of those lengths in turn, and each of those into the three shapes."""
     rows = []
     shots = [*CAPTIONS[name], len(frames)]
     for first, end in zip(shots, shots[1:], strict=False):
         start = first
         for number in itertools.count():
-            length = min(SEGMENT_FRAMES[number % len(SEGMENT_FRAMES)], end - start)
+            length = min(lengths[number % len(lengths)], end - start)
             if length < min(SEGMENT_FRAMES):
                 break
             for shape, aspect in ASPECTS.items():

@@ -1,4 +1,4 @@
-"""What a trained model does: clips of its training set beside samples from text, from an image, from half a clip.
+"""What a trained model does: clips of its training set beside samples from text, from an image, from a beginning.
 
     python -m stdit_fast.train.showcase --checkpoint outputs/demo/run/checkpoints/step-00000600 --out samples
 
@@ -74,8 +74,8 @@ def training_clips(config: dict, bucket: Bucket, count: int) -> list[Clip]:
 
 
 def show(pipeline: STDiT2Pipeline, clips: list[Clip], bucket: Bucket, steps: int, guidance: float) -> Iterator[Sample]:
-    """Clips and what the pipeline makes of their captions, first frames and halves, with the seed 0."""
-    frames, half = bucket.num_frames, bucket.num_frames // 2
+    """Clips and what the pipeline makes of their captions, first frames and beginnings, with the seed 0."""
+    frames, quarter = bucket.num_frames, max(1, bucket.num_frames // 4)  # the most that training conditions on
     settings = dict(
         num_frames=frames, height=bucket.height, width=bucket.width, num_inference_steps=steps, guidance_scale=guidance
     )
@@ -91,12 +91,12 @@ def show(pipeline: STDiT2Pipeline, clips: list[Clip], bucket: Bucket, steps: int
         yield Sample(f"{number}-clip", f"The clip, through the autoencoder: {clip.caption}", encoded, clip.fps)
         yield Sample(f"{number}-text", "From its text alone", make(clip, []), clip.fps)
         yield Sample(f"{number}-image", "From its text and its first frame", make(clip, [Condition(0)]), clip.fps)
-        longer = make(clip, [Condition(0, length=half)], loops=2, condition_frame_length=half)
-        title = f"Its first {half} of {frames} frames, extended to {longer.shape[1]}"
+        longer = make(clip, [Condition(0, length=quarter)], loops=2, condition_frame_length=quarter)
+        title = f"Its first {quarter} of {frames} frames, extended to {longer.shape[1]}"
         yield Sample(f"{number}-extended", title, longer, clip.fps)
 
 
-def showcase(checkpoint: Path, out: Path, *, count: int = 3, steps: int = 100, guidance: float = 4.0) -> Path:
+def showcase(checkpoint: Path, out: Path, *, count: int = 3, steps: int = 100, guidance: float = 2.0) -> Path:
     """Samples a run's checkpoint on its own training clips; answers the contact sheet's path.
 
     Args:
@@ -132,7 +132,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--count", type=int, default=3, help="clips")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=2.0)
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     path = showcase(args.checkpoint, args.out, count=args.count, steps=args.steps, guidance=args.guidance)

@@ -142,9 +142,11 @@ class _Graph:
         torch.cuda.current_stream(x.device).wait_stream(side)
         torch.cuda.synchronize(x.device)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.enable_grad(), torch.cuda.graph(self.forward_graph, pool=graphs._pool, stream=side):
+        # "thread_local": other threads may allocate meanwhile, as the data loader's does where batches are pinned.
+        options = {"pool": graphs._pool, "stream": side, "capture_error_mode": "thread_local"}
+        with torch.enable_grad(), torch.cuda.graph(self.forward_graph, **options):
             outs = self._forward(model)
-        with torch.cuda.graph(self.backward_graph, pool=graphs._pool, stream=side):
+        with torch.cuda.graph(self.backward_graph, **options):
             grads = torch.autograd.grad(outs, self.differentiated, self.d_outs, allow_unused=True)
             for buffer, grad in zip(graphs._gradients, grads[len(inputs) :], strict=True):
                 buffer.zero_() if grad is None else buffer.copy_(grad)

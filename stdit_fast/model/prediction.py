@@ -61,6 +61,8 @@ class Predictor:
         """
         if self._text is None:
             raise RuntimeError("bind(text, ...) comes before the first prediction")
+        if len(self._text.layout.lengths) != len(x):  # a graph's text has its own batch size, and would hide it
+            raise ValueError(f"bound is the text of {len(self._text.layout.lengths)} samples, expected {len(x)}")
         graph = self._graph(x, t, x_mask)
         if graph is None:
             return self.model(x, t, self._text, x_mask=x_mask, **self._scalars)
@@ -118,7 +120,8 @@ class _Graph:
         torch.cuda.current_stream(x.device).wait_stream(side)
         torch.cuda.synchronize(x.device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=predictor._pool, stream=side):
+        # "thread_local": other threads may allocate meanwhile, as a data loader's does that pins batches.
+        with torch.cuda.graph(self.graph, pool=predictor._pool, stream=side, capture_error_mode="thread_local"):
             self.out = predict()
 
     def bind(self, text: TextContext, scalars: dict[str, Tensor]) -> None:

@@ -99,7 +99,8 @@ def cases(batch: int, frames: int, positions: int) -> Iterator[Case]:
         lambda h, bias: torch.nn.functional.gelu(h + bias, approximate="tanh"),
         (8, 16),
     )
-    qkv = dict(qkv=randn(*shape[:3], 3, HEADS, HEAD_DIM), q_weight=randn(HEAD_DIM), k_weight=randn(HEAD_DIM))
+    weights = {name: 1 + randn(HEAD_DIM, scale=0.1) for name in ("q_weight", "k_weight")}
+    qkv = dict(qkv=randn(*shape[:3], 3, HEADS, HEAD_DIM), **weights)
     rotation = ops.rotation_table(10000 ** (-torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM), frames)
     yield Case(
         f"temporal_attention-{size}",

@@ -25,10 +25,9 @@ void ema_update(const Addresses& ema, const Addresses& params, const std::vector
     throw std::invalid_argument("ema_update: ema, params and sizes differ in length");
   }
   static_assert(sizeof(uintptr_t) == sizeof(void*), "an address is handed on as a pointer");
-  raise_if_failed(stdit_ema_update(reinterpret_cast<float* const*>(ema.data()),
-                                   reinterpret_cast<const void* const*>(params.data()), sizes.data(),
-                                   static_cast<int64_t>(ema.size()), param_dtype, decay, device,
-                                   reinterpret_cast<void*>(stream)));
+  raise_if_failed(stdit_ema_update(
+      reinterpret_cast<float* const*>(ema.data()), reinterpret_cast<const void* const*>(params.data()), sizes.data(),
+      static_cast<int64_t>(ema.size()), param_dtype, decay, device, reinterpret_cast<void*>(stream)));
 }
 
 // (address, stride of a sequence, of a row, of a head), strides in elements.
@@ -43,8 +42,8 @@ stdit_heads heads_of(const Heads& heads) {
 class Attention {
  public:
   Attention(const Heads& q, const Heads& k, const Heads& v, const Heads& o, uintptr_t lse, uintptr_t q_weight,
-            uintptr_t k_weight, int weight_dtype, bool normalise_q, bool normalise_k, int64_t sequences, int64_t queries,
-            int64_t keys, int heads, int head_dim, float scale, float epsilon)
+            uintptr_t k_weight, int weight_dtype, bool normalise_q, bool normalise_k, int64_t sequences,
+            int64_t queries, int64_t keys, int heads, int head_dim, float scale, float epsilon)
       : call_{heads_of(q),
               heads_of(k),
               heads_of(v),

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from stdit_fast import STDiT2Config
-from stdit_fast.benchmarks import sample, step
+from stdit_fast.benchmarks import attention, sample, step
 from stdit_fast.benchmarks.readme import latest, sample_table
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
@@ -19,6 +19,18 @@ def test_cases():
     for bad, message in (("144p-16", "write resolution-frames-batch"), ("145p-16-6", "did you mean '144p'")):
         with pytest.raises(ConfigError, match=message):
             step.parse_case(bad)
+
+
+def test_attention_is_counted_as_published():
+    """FlashAttention 2 on an H100, head dimension 72: milliseconds and whole TFLOP/s."""
+    for case, forward, backward, rates in (("96x144", 0.136, 0.595, (67, 39)), ("288x96", 0.166, 0.915, (74, 33))):
+        sequences, length = attention.parse_case(case)
+        for is_backward, (ms, rate) in enumerate(zip((forward, backward), rates, strict=True)):
+            assert attention.flops(sequences, length, bool(is_backward)) / ms / 1e9 == pytest.approx(rate, abs=1)
+    assert attention.least_bytes(96, 144, False) / 3.0e12 * 1e3 == pytest.approx(0.042, abs=1e-3)
+    for bad in ("96", "96x", "0x4", "axb"):
+        with pytest.raises(ConfigError, match="write sequences x length"):
+            attention.parse_case(bad)
 
 
 @pytest.mark.parametrize(

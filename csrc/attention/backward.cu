@@ -1,25 +1,27 @@
 // Attention's backward pass: gradients of q, k, v and of the norms' weights, repeating bit for bit.
 //
-// A block keeps a block of keys (64 a consumer warpgroup), with its dk and dv in registers, and walks over tiles of queries:
+// A block keeps a block of keys (64 a consumer warpgroup), with its dk and dv in registers, and walks over tiles of
+// queries:
 //   s^T = k q^T, dp^T = v do^T      both operands in shared memory; columns are queries
 //   p^T = 2^(s^T - lse), ds^T = p^T (dp^T - delta)      in registers
 //   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
-//   dq = ds k                       ds^T through shared memory, all consumers' keys at once; one consumer a tile, in turn
+//   dq = ds k                       ds^T through shared memory, all consumers' keys at once; one consumer a tile, in
+//   turn
 // As in the forward pass the first warpgroup brings the tiles (one thread, the copy engine) and normalises q and k in
-// place (three warps), which also bring lse and delta of a tile's queries. k and v are double-buffered, so that the next
-// block of keys is there when this one ends. The norms' backward runs on the accumulators, from q and k as they came.
+// place (three warps), which also bring lse and delta of a tile's queries. k and v are double-buffered, so that the
+// next block of keys is there when this one ends. The norms' backward runs on the accumulators, from q and k as they
+// came.
 //
 // Up to 192 keys one block of keys is all of a head, and dq is final at once. Longer heads: dq's partial sums (float32,
 // in the order of the accumulators' registers, so that only threads of one number exchange them) are added in a fixed
-// order. Either one block walks over all keys of a head after each other (few blocks of keys), or each block of keys is a
-// unit of its own: blocks start at different tiles of queries, and a tile's counter says whose turn it is. Partial sums
-// of so many heads as are under way lie in a ring, which stays in the L2 cache.
+// order. Either one block walks over all keys of a head after each other (few blocks of keys), or each block of keys is
+// a unit of its own: blocks start at different tiles of queries, and a tile's counter says whose turn it is. Partial
+// sums of so many heads as are under way lie in a ring, which stays in the L2 cache.
 //
-// delta = rowsum(do * o) comes from a small kernel before; the weights' gradients, summed by each block over its dq tiles,
-// are added by one after.
+// delta = rowsum(do * o) comes from a small kernel before; the weights' gradients, summed by each block over its dq
+// tiles, are added by one after.
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "attention/shared.h"
 #include "stdit/attention.h"
@@ -28,19 +30,20 @@
 namespace stdit {
 namespace {
 
-// Single: one block of keys is all. Pipelined: the next tile's s and dp are asked for before this one's dq.
-template <int D_, int Consumers_, int Queries_, int Stages_, bool Single_, bool Pipelined_>
+// Single: one block of keys is all.
+template <int D_, int Consumers_, int Queries_, int Stages_, bool Single_>
 struct Backward {
   static constexpr int D = D_, kConsumers = Consumers_, kQueries = Queries_, kStages = Stages_;
-  static constexpr bool kSingle = Single_, kPipelined = Pipelined_;
+  static constexpr bool kSingle = Single_;
   static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
-  static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : kQueries == 128 ? 40 : 72;
+  static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : 72;
   // Where registers allow it, partial sums are read before they are needed, and p is kept in 32 bits.
-  static constexpr bool kEarly = kConsumers == 2 && kQueries <= 64;
+  static constexpr bool kEarly = kConsumers == 2;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
   using KeyTile = Tile<D, 64>;  // of one consumer
   using QueryTile = Tile<D, kQueries>;
-  // ds^T of all consumers: chunks of 16 queries, each [keys][16]. The product's 64 rows may reach beyond the last chunk.
+  // ds^T of all consumers: chunks of 16 queries, each [keys][16]. The product's 64 rows may reach beyond the last
+  // chunk.
   struct ScoreTile {
     static constexpr int kChunkBytes = kKeys * 32, kBytes = kQueries / 16 * kChunkBytes;
 
@@ -48,16 +51,13 @@ struct Backward {
       return (eighth >> 1) * kChunkBytes + key * 32 + (((eighth ^ (key >> 2)) & 1) << 4);
     }
   };
-  // dq is made 64 queries at a time: one part of a tile for each consumer, or one, by one consumer after the other.
-  static constexpr int kParts = kQueries <= 64 ? 1 : kQueries / 64;
-  static_assert(kParts == 1 || kParts == kConsumers, "each consumer has the same to do");
-  static constexpr int kPartialFloats = 128 * D / 2;  // of dq, a part
-  static constexpr int kScoreStages = kParts == 1 ? 2 : 1;
+  static_assert(kQueries <= 64, "one consumer makes a tile's dq");
+  static constexpr int kPartialFloats = 128 * D / 2;  // of a tile's dq
 
   struct Shared {
     alignas(1024) char k[2][kConsumers][KeyTile::kBytes];
     alignas(1024) char v[2][kConsumers][KeyTile::kBytes];
-    alignas(1024) char ds[kScoreStages][ScoreTile::kBytes];
+    alignas(1024) char ds[2][ScoreTile::kBytes];
     alignas(1024) char q[kStages][QueryTile::kBytes];
     alignas(1024) char d_o[kStages][QueryTile::kBytes];
     alignas(16) float2 rows[kStages][kQueries];  // lse in units of log2, delta
@@ -65,7 +65,7 @@ struct Backward {
     float weight_sums[4 * kConsumers][D];
     Barrier kv_full[2], k_ready[2], kv_empty[2];
     Barrier q_full[kStages], do_full[kStages], q_ready[kStages], q_empty[kStages];
-    Barrier ds_full[kScoreStages], ds_empty[kScoreStages];
+    Barrier ds_full[2], ds_empty[2];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
 };
@@ -186,7 +186,8 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
     const int first_query = u.tile(a, at.step) * kQueries;
     float2 rows[kRows];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {  // zeroes for a query that is not there: its do is zero too, so nothing comes of it
+    for (int i = 0; i < kRows;
+         ++i) {  // zeroes for a query that is not there: its do is zero too, so nothing comes of it
       const int query = first_query + helper + 32 * kNormalisers * i;
       rows[i] = make_float2(0.0f, 0.0f);
       if (query < a.queries) rows[i] = __ldg(a.rows + static_cast<int64_t>(u.item) * a.queries + query);
@@ -245,8 +246,8 @@ struct RawRows {
   }
 };
 
-// Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in pieces
-// of 32 bytes.
+// Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in
+// pieces of 32 bytes.
 template <int D>
 __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPair& to) {
   const int quarter = threadIdx.x % 4;
@@ -271,8 +272,8 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPai
   }
 }
 
-// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step a
-// lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
+// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step
+// a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
 template <int D>
 __device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
   constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, k3 = (k2 + 1) / 2;
@@ -389,14 +390,13 @@ struct PartialPlace {
   int* turns = nullptr;
   float4* partial = nullptr;
 
-  __device__ __forceinline__ void find(const BackwardArguments& a, const Unit<B>& u, int tile, int part) {
+  __device__ __forceinline__ void find(const BackwardArguments& a, const Unit<B>& u, int tile) {
     if constexpr (!B::kSingle) {
       turn = u.turn(a, tile);
       const int slot = a.walks ? blockIdx.x : u.item % a.ring;
-      const int parts = a.query_tiles * B::kParts, at = tile * B::kParts + part;
-      turns = a.turns + static_cast<int64_t>(u.item) * parts + at;
-      partial = reinterpret_cast<float4*>(
-                    a.partials + (static_cast<int64_t>(slot) * parts + at) * B::kPartialFloats) +
+      turns = a.turns + static_cast<int64_t>(u.item) * a.query_tiles + tile;
+      partial = reinterpret_cast<float4*>(a.partials +
+                                          (static_cast<int64_t>(slot) * a.query_tiles + tile) * B::kPartialFloats) +
                 threadIdx.x % 128;
     }
   }
@@ -426,7 +426,7 @@ struct PartialPlace {
                                        int barrier) {
     // The ring's place must have been left by the item that had it before.
     if (!a.walks && turn == 0 && u.item >= a.ring) {
-      wait_for(done(a) + u.item - a.ring, a.query_tiles * B::kParts, barrier);
+      wait_for(done(a) + u.item - a.ring, a.query_tiles, barrier);
     }
 #pragma unroll
     for (int i = 0; i < B::D / 8; ++i) {
@@ -434,9 +434,9 @@ struct PartialPlace {
     }
     if (!a.walks) count(turns, barrier);
   }
-  // How many parts of each item are done.
+  // How many tiles of each item are done.
   static __device__ __forceinline__ int* done(const BackwardArguments& a) {
-    return a.turns + static_cast<int64_t>(a.items) * a.query_tiles * B::kParts;
+    return a.turns + static_cast<int64_t>(a.items) * a.query_tiles;
   }
 };
 
@@ -448,8 +448,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
   using ScoreTile = typename B::ScoreTile;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int barrier = 1 + consumer;
-  RingPlace<2> kv;
-  RingPlace<B::kScoreStages> ds;
+  RingPlace<2> kv, ds;
   RingPlace<B::kStages> q;
   float* weight_sums = a.weight_partials == nullptr ? nullptr : s.weight_sums[4 * consumer + warp];
 
@@ -471,29 +470,25 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
     const auto ask_scores = [&](const RingPlace<B::kStages>& place) {
       s.q_ready[place.stage].wait(place.parity);
       wgmma_fence();
-      multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand,
-                                                     ColumnsOperand::of<QueryTile>(s.q[place.stage]));
+      multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand, ColumnsOperand::of<QueryTile>(s.q[place.stage]));
       wgmma_commit();
       s.do_full[place.stage].wait(place.parity);
-      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand,
-                                                     ColumnsOperand::of<QueryTile>(s.d_o[place.stage]));
+      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand, ColumnsOperand::of<QueryTile>(s.d_o[place.stage]));
       wgmma_commit();
     };
 
-    if (B::kPipelined) ask_scores(q);
     for (int step = 0; step < a.query_tiles; ++step) {
       const int tile = u.tile(a, step);
-      const bool mine = B::kParts > 1 || tile % B::kConsumers == consumer;  // this consumer's dq
-      const int part = B::kParts > 1 ? consumer : 0;
+      const bool mine = tile % B::kConsumers == consumer;  // this consumer's dq
       const int stage = q.stage;
       float d_q[D / 2];
       PartialPlace<B> place;
       if (mine) {
-        place.find(a, u, tile, part);
+        place.find(a, u, tile);
         if (B::kEarly) place.load(a, d_q, barrier);
       }
       uint32_t p16[kQueries / 4], ds16[kQueries / 4];
-      if (!B::kPipelined) ask_scores(q);
+      ask_scores(q);
       wgmma_wait<1>();
       hold(p);
       const float4* rows = reinterpret_cast<const float4*>(s.rows[stage]) + lane % 4;  // two queries each
@@ -558,30 +553,26 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
       if (!B::kSingle && !B::kEarly && mine) place.load(a, d_q, barrier);
 
       q.next();
-      if (B::kPipelined && step + 1 < a.query_tiles) {
-        ask_scores(q);
-        wgmma_wait<2>();
-      } else {
-        wgmma_wait<0>();
-      }
+      wgmma_wait<0>();
       hold(d_v);
       hold(d_k);
       if (thread == 0) s.q_empty[stage].arrive();
 
       if (mine) {
         s.ds_full[ds.stage].wait(ds.parity);
-        const Operand scores(shared_address(s.ds[ds.stage]) + part * 4 * ScoreTile::kChunkBytes, Swizzle::k32, ScoreTile::kChunkBytes, 256);
+        const Operand scores(shared_address(s.ds[ds.stage]), Swizzle::k32, ScoreTile::kChunkBytes, 256);
         const auto keys = RowsOperand::of<KeyTile>(s.k[kv.stage][0]);
         if (!B::kSingle) hold(d_q);
         wgmma_fence();
         multiply_rows<KeyTile, kMajorMN, B::kSingle>(d_q, scores, keys, 0);
 #pragma unroll
         for (int i = 1; i < B::kKeys / 16; ++i) {  // 16 keys of ds^T, its queries as rows, and of k
-          multiply_rows<KeyTile, kMajorMN>(d_q, scores.moved(i * 16 * 32), keys.moved(i / 4 * KeyTile::kBytes), i % 4 * 16);
+          multiply_rows<KeyTile, kMajorMN>(d_q, scores.moved(i * 16 * 32), keys.moved(i / 4 * KeyTile::kBytes),
+                                           i % 4 * 16);
         }
         wgmma_commit();
         // Rows of d_q beyond the tile's may be anything, and are none of this tile's.
-        const int query = tile * kQueries + 64 * part + 16 * warp + lane / 4;
+        const int query = tile * kQueries + 16 * warp + lane / 4;
         const int queries = min(a.queries, tile * kQueries + kQueries);
         const bool whole = B::kSingle || place.turn == a.key_blocks - 1;
         RawRows<D> raw;
@@ -635,10 +626,8 @@ __global__ void __launch_bounds__(B::kThreads, 1)
       s.kv_full[i].init(1);
       s.k_ready[i].init(kNormalisers);
       s.kv_empty[i].init(B::kConsumers);
-    }
-    for (int i = 0; i < B::kScoreStages; ++i) {
       s.ds_full[i].init(4 * B::kConsumers);
-      s.ds_empty[i].init(B::kParts);
+      s.ds_empty[i].init(1);
     }
     for (int i = 0; i < B::kStages; ++i) {
       s.q_full[i].init(1);
@@ -668,9 +657,8 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 
 // rows[item, query] = (lse in units of log2, sum of do * o). Few threads a row, each some pieces of 16 bytes.
 template <int D>
-__global__ void __launch_bounds__(256)
-    attention_rows_kernel(HeadArray o, HeadArray d_o, const float* lse, float2* rows, int heads, int queries,
-                          int64_t count) {
+__global__ void __launch_bounds__(256) attention_rows_kernel(HeadArray o, HeadArray d_o, const float* lse, float2* rows,
+                                                             int heads, int queries, int64_t count) {
   constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2, kEach = kPieces / kLanes;
   constexpr int kRows = 32 / kLanes;  // of a warp
   const int lane = threadIdx.x % 32, part = lane % kLanes;
@@ -709,7 +697,8 @@ __global__ void __launch_bounds__(256)
 
 // d_weights[0] = sum over blocks * k_weight * scale, d_weights[1] likewise with q_weight: both norms' weights only
 // appear as their product.
-__global__ void attention_weights_kernel(const float* partials, int blocks, int D, NormArguments norm, float* d_weights) {
+__global__ void attention_weights_kernel(const float* partials, int blocks, int D, NormArguments norm,
+                                         float* d_weights) {
   const int i = threadIdx.x;
   if (i >= D) return;
   float sum = 0.0f;
@@ -736,16 +725,16 @@ Plan plan_of(const stdit_attention& call) {
   p.query_tiles = static_cast<int>(ceil(call.queries, B::kQueries));
   const int most = multiprocessors();
   // Walking costs nothing but balance: at least four rounds, or as many items as there are blocks.
-  p.walks = p.key_blocks == 1 || (p.key_blocks <= (getenv("ATT_WALK") ? atoi(getenv("ATT_WALK")) : 4) && p.items >= 4 * most) || p.key_blocks > most;
+  p.walks = p.key_blocks == 1 || (p.key_blocks <= 4 && p.items >= 4 * most) || p.key_blocks > most;
   const int64_t units = p.walks ? p.items : p.items * p.key_blocks;
   p.blocks = static_cast<int>(std::min<int64_t>(units, most));
   p.ring = p.walks ? p.blocks : static_cast<int>(std::min<int64_t>(p.items, p.blocks / p.key_blocks + 3));
   p.rows_at = 0;
   p.turns_at = aligned(p.items * call.queries * 8);
-  p.turns_bytes = p.walks ? 0 : p.items * (p.query_tiles * B::kParts + 1) * 4;
+  p.turns_bytes = p.walks ? 0 : p.items * (p.query_tiles + 1) * 4;
   p.weights_at = p.turns_at + aligned(p.turns_bytes);
   p.partials_at = p.weights_at + aligned(int64_t{p.blocks} * B::D * 4);
-  p.bytes = p.partials_at + (p.key_blocks == 1 ? 0 : int64_t{p.ring} * p.query_tiles * B::kParts * B::kPartialFloats * 4);
+  p.bytes = p.partials_at + (p.key_blocks == 1 ? 0 : int64_t{p.ring} * p.query_tiles * B::kPartialFloats * 4);
   return p;
 }
 
@@ -798,29 +787,23 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   }
 }
 
-bool is_short(const stdit_attention& call) { return call.keys > 128 && call.keys <= 192; }
+using Short = Backward<72, 3, 48, 3, true>;
+using Long = Backward<72, 2, 64, 3, false>;
 
-using Short = Backward<72, 3, 48, 3, true, false>;
-using Long = Backward<72, 2, 64, 3, false, false>;
-using Wide = Backward<72, 2, 128, 2, false, false>;
-
-int choice(const stdit_attention& call) {
-  static const char* e = getenv("ATT_B");
-  return e ? atoi(e) : is_short(call) ? 0 : 1;
-}
+bool is_short(const stdit_attention& call) { return call.keys > Long::kKeys && call.keys <= Short::kKeys; }
 
 }  // namespace
 
 int64_t attention_backward_scratch(const stdit_attention& call) {
-  const int c = choice(call);
-  return c == 0 ? plan_of<Short>(call).bytes : c == 1 ? plan_of<Long>(call).bytes : plan_of<Wide>(call).bytes;
+  return is_short(call) ? plan_of<Short>(call).bytes : plan_of<Long>(call).bytes;
 }
 
 void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
-  const int c = choice(call);
-  if (c == 0) launch<Short>(call, gradients, stream);
-  if (c == 1) launch<Long>(call, gradients, stream);
-  if (c == 2) launch<Wide>(call, gradients, stream);
+  if (is_short(call)) {
+    launch<Short>(call, gradients, stream);
+  } else {
+    launch<Long>(call, gradients, stream);
+  }
 }
 
 }  // namespace stdit

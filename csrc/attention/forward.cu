@@ -1,18 +1,19 @@
 // Attention's forward pass: o = softmax(scale * norm(q) norm(k)^T) v, one head of one sequence at a time.
 //
-// A block stays on its multiprocessor and takes a unit of work after another: 64 * Consumers queries of a head. Its first
-// warpgroup feeds the others: one thread has the copy engine bring q, and k and v in tiles of Keys rows through a ring of
-// Stages; three warps normalise q and k where they lie in shared memory, two lanes a row. Each of the other warpgroups has
-// 64 queries: scores by wgmma, both operands in shared memory; softmax in registers; p from registers times v. The next
-// tile's scores are asked for before p v of this one. o leaves through the shared memory that held q, by the copy engine.
+// A block stays on its multiprocessor and takes a unit of work after another: 64 * Consumers queries of a head. Its
+// first warpgroup feeds the others: one thread has the copy engine bring q, and k and v in tiles of Keys rows through a
+// ring of Stages; three warps normalise q and k where they lie in shared memory, two lanes a row. Each of the other
+// warpgroups has 64 queries: scores by wgmma, both operands in shared memory; softmax in registers; p from registers
+// times v. The next tile's scores are asked for before p v of this one. o leaves through the shared memory that held q,
+// by the copy engine.
 //
-// The weights of both norms and the scale are folded into q, scores come out in units of log2: 2^(s - max). Where q and k are
-// normalised no score exceeds D times the largest of those factors; if that is small, as with trained weights, 2^s is in
-// range as it is: no maximum is looked for and nothing is rescaled.
+// The weights of both norms and the scale are folded into q, scores come out in units of log2: 2^(s - max). Where q and
+// k are normalised no score exceeds D times the largest of those factors; if that is small, as with trained weights,
+// 2^s is in range as it is: no maximum is looked for and nothing is rescaled.
 //
 // Tiles: up to 160 keys, as training's small buckets have, what counts is memory: three consumers hold all queries of a
-// sequence, 80 keys a tile waste least (144 = 2 * 80 - 16), and q is in threefold so that loads never wait for a unit's end.
-// Longer: 128 queries by 128 keys or 192 by 96, which take as long a tile, whichever needs fewer tiles.
+// sequence, 80 keys a tile waste least (144 = 2 * 80 - 16), and q is in threefold so that loads never wait for a unit's
+// end. Longer: 128 queries by 128 keys or 192 by 96, which take as long a tile, whichever needs fewer tiles.
 
 #include <algorithm>
 #include <stdexcept>
@@ -154,8 +155,8 @@ __device__ __forceinline__ float row_max(const float (&s)[Keys / 2], int h) {
 // What 2^s may reach without a maximum taken off: sums of 2^32 such terms and their products with values stay in range.
 constexpr float kLargestBound = 64.0f;
 
-// Exponentials are taken relative to a row's largest score so far, or to one that is at most this much (log2) less: then
-// what was summed needs no rescaling, and float32 holds 2^8 times as much as well.
+// Exponentials are taken relative to a row's largest score so far, or to one that is at most this much (log2) less:
+// then what was summed needs no rescaling, and float32 holds 2^8 times as much as well.
 constexpr float kSlack = 8.0f;
 
 // Bounded: scores need no maximum.
@@ -224,8 +225,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
         return false;
       }
       const float high[2] = {row_max<kKeys>(scores, 0), row_max<kKeys>(scores, 1)};
-      const bool rescale =
-          __any_sync(~0u, high[0] > rows[0].max + kSlack || high[1] > rows[1].max + kSlack);
+      const bool rescale = __any_sync(~0u, high[0] > rows[0].max + kSlack || high[1] > rows[1].max + kSlack);
       if (rescale) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
@@ -398,8 +398,6 @@ void choose(const stdit_attention& call, cudaStream_t stream) {
 
 }  // namespace
 
-void attention_forward(const stdit_attention& call, cudaStream_t stream) {
-  choose<72>(call, stream);
-}
+void attention_forward(const stdit_attention& call, cudaStream_t stream) { choose<72>(call, stream); }
 
 }  // namespace stdit

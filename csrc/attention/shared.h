@@ -12,8 +12,8 @@ namespace stdit {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
-// Registers a thread that consumers can have when a block starts with as many as fit for all and the feeders keep `feeder`.
-// Asking for more than there are would wait forever.
+// Registers a thread that consumers can have when a block starts with as many as fit for all and the feeders keep
+// `feeder`. Asking for more than there are would wait forever.
 constexpr int consumer_registers(int consumers, int feeder) {
   const int at_start = 65536 / (128 * (consumers + 1)) / 8 * 8;
   return (at_start * (consumers + 1) - feeder) / consumers / 8 * 8;
@@ -39,7 +39,9 @@ struct NormArguments {
 };
 
 inline NormArguments norm_of(const stdit_attention& call) {
-  return {call.q_weight, call.k_weight, call.weight_dtype == STDIT_FLOAT32, call.normalise_q != 0, call.normalise_k != 0, call.epsilon, call.scale};
+  return {
+      call.q_weight, call.k_weight, call.weight_dtype == STDIT_FLOAT32, call.normalise_q != 0, call.normalise_k != 0,
+      call.epsilon,  call.scale};
 }
 
 inline HeadArray array_of(const stdit_heads& h) {

@@ -1,4 +1,5 @@
-// Every attention kernel on small odd shapes, against double precision on the CPU; without torch, for compute-sanitizer:
+// Every attention kernel on small odd shapes, against double precision on the CPU; without torch, for
+// compute-sanitizer:
 //
 //   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo -Icsrc -Icsrc/include -o attention_check
 //     csrc/checks/attention_check.cu csrc/attention/*.cu csrc/attention/check.cpp
@@ -125,7 +126,8 @@ struct Reference {
   }
 };
 
-// Root mean square of the differences over that of the values (at least `floor`); infinite where something is not finite.
+// Root mean square of the differences over that of the values (at least `floor`); infinite where something is not
+// finite.
 struct Error {
   double difference = 0, value = 0;
   bool finite = true;
@@ -194,7 +196,9 @@ bool check(const Shape& shape, unsigned seed) {
   Error errors[6];  // o, lse, d_q, d_k, d_v, d_weights
   for (int n = 0; n < N; ++n) {
     for (int h = 0; h < H; ++h) {
-      const auto at = [&](int part, int r, int c) { return ((static_cast<size_t>(n) * S + r) * 3 + part) * H * D + h * D + c; };
+      const auto at = [&](int part, int r, int c) {
+        return ((static_cast<size_t>(n) * S + r) * 3 + part) * H * D + h * D + c;
+      };
       const auto at_o = [&](int r, int c) { return ((static_cast<size_t>(n) * S + r) * H + h) * D + c; };
       const Reference want(
           S, shape.normalise, w_q, w_k,
@@ -234,9 +238,10 @@ bool check(const Shape& shape, unsigned seed) {
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{1, 1, 1, true},   {2, 7, 3, true},   {3, 64, 1, true},   {1, 65, 2, true},   {2, 129, 1, true},
-                          {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true}, {1, 192, 1, true},  {1, 193, 2, true},
-                          {5, 300, 30, true}, {1, 385, 1, true}, {1, 700, 1, true},  {1, 300, 1, false}};
+  const Shape shapes[] = {{1, 1, 1, true},   {2, 7, 3, true},   {3, 64, 1, true},   {1, 65, 2, true},
+                          {2, 129, 1, true}, {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true},
+                          {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 385, 1, true},
+                          {1, 700, 1, true}, {1, 300, 1, false}};
   bool good = true;
   unsigned seed = 1;
   for (const Shape& shape : shapes) good = check(shape, seed++) && good;

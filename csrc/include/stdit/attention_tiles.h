@@ -1,12 +1,12 @@
 // Tiles of attention's operands in shared memory.
 //
 // A tile holds rows of one head, D values each: first 64 columns (128 bytes a row, the copy engine's 128-byte swizzle),
-// likewise for every further 64, then what is left in chunks of 16 columns (32 bytes a row, 32-byte swizzle). For D = 72
-// that is 64 + 16, the last 8 of them zeroes. The swizzles keep eight rows of 16 bytes in different banks. A tile is an
-// operand with its columns summed (Q and K in Q K^T) or its rows (V in P V) as it stands.
+// likewise for every further 64, then what is left in chunks of 16 columns (32 bytes a row, 32-byte swizzle). For D =
+// 72 that is 64 + 16, the last 8 of them zeroes. The swizzles keep eight rows of 16 bytes in different banks. A tile is
+// an operand with its columns summed (Q and K in Q K^T) or its rows (V in P V) as it stands.
 //
-// Why not one kind of chunk: in chunks of 16 columns alone a product 72 wide is one instruction (36 cycles against 45 for
-// 64 and 8), but the copy engine brings 32-byte rows at 16 bytes/ns a multiprocessor, against 25 (docs/kernels.md).
+// Why not one kind of chunk: in chunks of 16 columns alone a product 72 wide is one instruction (36 cycles against 45
+// for 64 and 8), but the copy engine brings 32-byte rows at 16 bytes/ns a multiprocessor, against 25 (docs/kernels.md).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,8 +24,8 @@ struct Tile {
   static_assert(D % 8 == 0 && Rows % 8 == 0, "columns and rows come in eights");
   static constexpr int kBlocks = D / 64, kRest = D % 64, kChunks = (kRest + 15) / 16;
   static constexpr int kBlockBytes = Rows * 128, kChunkBytes = Rows * 32, kRestAt = kBlocks * kBlockBytes;
-  static constexpr int kLoadBytes = kRestAt + kChunks * kChunkBytes;          // that the copy engine brings
-  static constexpr int kBytes = (kLoadBytes + 1023) / 1024 * 1024;            // so that tiles can stand in a row
+  static constexpr int kLoadBytes = kRestAt + kChunks * kChunkBytes;  // that the copy engine brings
+  static constexpr int kBytes = (kLoadBytes + 1023) / 1024 * 1024;    // so that tiles can stand in a row
 
   // Where eight columns of a row are, in bytes from the tile's beginning.
   static __device__ __forceinline__ int offset(int row, int eighth) {
@@ -70,7 +70,8 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const Column
   Product::start(d, a.blocks, b.blocks);
 #pragma unroll
   for (int i = 1; i < 4 * A::kBlocks; ++i) {
-    Product::add(d, a.blocks.moved(i / 4 * A::kBlockBytes + i % 4 * 32), b.blocks.moved(i / 4 * B::kBlockBytes + i % 4 * 32));
+    Product::add(d, a.blocks.moved(i / 4 * A::kBlockBytes + i % 4 * 32),
+                 b.blocks.moved(i / 4 * B::kBlockBytes + i % 4 * 32));
   }
 #pragma unroll
   for (int c = 0; c < A::kChunks; ++c) {
@@ -78,7 +79,8 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const Column
   }
 }
 
-// D[64, columns of B] += A[64, 16] B over 16 rows of a tile, from `row` on; = where it starts. A: registers or an operand.
+// D[64, columns of B] += A[64, 16] B over 16 rows of a tile, from `row` on; = where it starts. A: registers or an
+// operand.
 template <class B, int MajorA, bool Start = false, int Count, class OperandA>
 __device__ __forceinline__ void multiply_rows(float (&d)[Count], OperandA a, const RowsOperand& b, int row) {
   constexpr int kWhole = 64 * B::kBlocks;
@@ -92,10 +94,10 @@ __device__ __forceinline__ void multiply_rows(float (&d)[Count], OperandA a, con
     }
   };
   if constexpr (B::kBlocks > 0) {
-    multiply(Wgmma<kWhole, MajorA, kMajorMN>{}, *reinterpret_cast<float(*)[kWhole / 2]>(d), b.blocks.moved(row * 128));
+    multiply(Wgmma<kWhole, MajorA, kMajorMN>{}, *reinterpret_cast<float (*)[kWhole / 2]>(d), b.blocks.moved(row * 128));
   }
   if constexpr (B::kRest > 0) {
-    multiply(Wgmma<B::kRest, MajorA, kMajorMN>{}, *reinterpret_cast<float(*)[B::kRest / 2]>(d + kWhole / 2),
+    multiply(Wgmma<B::kRest, MajorA, kMajorMN>{}, *reinterpret_cast<float (*)[B::kRest / 2]>(d + kWhole / 2),
              b.rest.moved(row * 32));
   }
 }
@@ -127,7 +129,8 @@ TileMaps make_tile_maps(const HeadArray& array, int64_t sequences, int64_t rows,
   const MapDimension sequence = dimension(sequences, array.sequence_stride, 1);
   TileMaps maps{};
   if (D >= 64) {
-    maps.blocks = make_tensor_map<4>(array.data, {dimension(D, 1, 64), row, head, sequence}, CU_TENSOR_MAP_SWIZZLE_128B);
+    maps.blocks =
+        make_tensor_map<4>(array.data, {dimension(D, 1, 64), row, head, sequence}, CU_TENSOR_MAP_SWIZZLE_128B);
   }
   if (D % 64 != 0) {
     maps.rest = make_tensor_map<4>(array.data, {dimension(D, 1, 16), row, head, sequence}, CU_TENSOR_MAP_SWIZZLE_32B);
@@ -177,8 +180,8 @@ __device__ __forceinline__ float high_half(uint32_t bits) { return __uint_as_flo
 
 // Four 8 x 8 matrices, one row of 16 bytes a lane: lanes 8 i to 8 i + 7 give the rows of matrix i.
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c),
-               "r"(d)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
                : "memory");
 }
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b) {
@@ -211,8 +214,9 @@ __device__ __forceinline__ void store_accumulators(char* tile, int first_row, co
   }
 }
 
-// Scales 16 rows of a tile, in place, by a warp: by their reciprocal root mean square (if `normalise`) and by `weights` (if
-// not null). Two lanes a row: of each 64 columns the first takes the left half, so that eight lanes meet no bank twice.
+// Scales 16 rows of a tile, in place, by a warp: by their reciprocal root mean square (if `normalise`) and by `weights`
+// (if not null). Two lanes a row: of each 64 columns the first takes the left half, so that eight lanes meet no bank
+// twice.
 template <int D, int Rows>
 __device__ __forceinline__ void scale_rows(char* tile, int first_row, bool normalise, float epsilon,
                                            const float* weights) {

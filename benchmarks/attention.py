@@ -1,0 +1,187 @@
+"""Spatial attention, ours and the libraries', forward and backward: suite "attention". Needs a Hopper GPU.
+
+    python -m stdit_fast.benchmarks.attention --cases 96x144 128x256 --out attention.jsonl
+
+A case is sequences x length, of 16 heads of 72 in bfloat16, and a direction. "cuda" is our kernel on packed qkv, with
+the RMSNorm of q and k inside; "cudnn" and "flash_attention_2" are PyTorch's, on contiguous q, k and v, without norm.
+Each is first held against explicit softmax in float64. Several calls in a row are timed on the GPU's clock, started
+while it is busy, so that no launch is waited for.
+
+--once runs each of our kernels once and times nothing, for a profiler:
+
+    ncu --set full -k regex:attention_backward python -m stdit_fast.benchmarks.attention --once --cases 96x144
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.errors import ConfigError
+from stdit_fast.ops import cuda_attention, library_attention
+from stdit_fast.ops.rms_norm import rms_norm
+
+HEADS, HEAD_DIM, EPS = 16, cuda_attention.HEAD_DIM, 1e-6
+OURS = "cuda"
+LIBRARIES = ("cudnn", "flash_attention_2")
+CASES = ("96x144", "128x256", "64x400", "64x1024", "32x1590", "16x3600")
+TOLERANCE = 2e-2  # relative error, some roundings to bfloat16
+BUSY_CYCLES = 4_000_000  # that the GPU is kept busy while calls are queued, about 2 ms
+COLUMNS = f"{'case':<22}{'impl':<20}{'ms':>9}{'low':>9}{'high':>9}{'TFLOP/s':>9}{'GB/s':>8}"
+
+
+def parse_case(case: str) -> tuple[int, int]:
+    """(sequences, length) of "96x144"."""
+    sequences, _, length = case.partition("x")
+    if not (sequences.isdecimal() and length.isdecimal() and int(sequences) and int(length)):
+        raise ConfigError("cases", case, "write sequences x length, like 96x144")
+    return int(sequences), int(length)
+
+
+def flops(sequences: int, length: int, backward: bool) -> int:
+    """Operations of the products: two of length x length x head dimension a head forward, five backward."""
+    return (10 if backward else 4) * sequences * HEADS * length**2 * HEAD_DIM
+
+
+def least_bytes(sequences: int, length: int, backward: bool) -> int:
+    """Bytes that must move: q, k, v and o; backward q, k, v, o, the gradient of o, and three gradients."""
+    return (8 if backward else 4) * sequences * length * HEADS * HEAD_DIM * 2
+
+
+class Inputs:
+    """Random qkv [N, S, 3, H, D], weights of the norms, and a gradient of o [N, S, H, D]."""
+
+    def __init__(self, sequences: int, length: int):
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
+
+        self.qkv, self.d_o = randn(sequences, length, 3, HEADS, HEAD_DIM), randn(sequences, length, HEADS, HEAD_DIM)
+        self.q_weight, self.k_weight = 1 + 0.1 * randn(HEAD_DIM), 1 + 0.1 * randn(HEAD_DIM)
+
+
+def our_calls(x: Inputs) -> tuple[Callable, Callable]:
+    """(forward, backward) of our kernel; each answers its results as [N, S, ..., H, D]."""
+    o, lse = cuda_attention.forward(x.qkv, x.q_weight, x.k_weight, EPS)
+    d_qkv = torch.empty_like(x.qkv)
+
+    def backward() -> list[Tensor]:
+        cuda_attention.backward(x.d_o, x.qkv, x.q_weight, x.k_weight, o, lse, EPS, d_qkv)
+        return [d_qkv]
+
+    return lambda: [cuda_attention.forward(x.qkv, x.q_weight, x.k_weight, EPS)[0]], backward
+
+
+def library_calls(x: Inputs, name: str) -> tuple[Callable, Callable]:
+    """The same of a library's, which knows no norm."""
+    library = library_attention._LIBRARIES[name]
+    q, k, v = (part.transpose(1, 2).contiguous() for part in x.qkv.unbind(2))
+    d_o = x.d_o.transpose(1, 2).contiguous()
+    o, lse = library.forward(q, k, v)
+    d_o = torch.empty_like(o).copy_(d_o)
+
+    def backward() -> list[Tensor]:
+        return [torch.stack([g.transpose(1, 2) for g in library.backward(d_o, q, k, v, o, lse)], 2)]
+
+    def bare_backward() -> None:
+        library.backward(d_o, q, k, v, o, lse)
+
+    backward.bare = bare_backward
+    return lambda: [library.forward(q, k, v)[0].transpose(1, 2)], backward
+
+
+def errors(x: Inputs, results: list[Tensor], norm: bool) -> list[float]:
+    """Relative errors of o and of qkv's gradient on the first sequence, against float64."""
+    qkv = x.qkv[:1].double().requires_grad_()
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    if norm:
+        q, k = rms_norm(q, x.q_weight.double(), EPS), rms_norm(k, x.k_weight.double(), EPS)
+    o = ((q @ k.mT / HEAD_DIM**0.5).softmax(-1) @ v).transpose(1, 2)
+    d_qkv = torch.autograd.grad(o, qkv, x.d_o[:1].double())[0]
+    return [
+        float((got[:1].double() - want).norm() / want.norm())
+        for got, want in zip(results, (o.detach(), d_qkv), strict=True)
+    ]
+
+
+def timed(call: Callable, calls: int, repeats: int) -> list[float]:
+    """Milliseconds of a call, each repeat the mean of some in a row."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(BUSY_CYCLES)
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return times
+
+
+def run(case: str, impl: str, args: argparse.Namespace) -> list[Record]:
+    """Checks and times one implementation on one case."""
+    sequences, length = parse_case(case)
+    x = Inputs(sequences, length)
+    forward, backward = our_calls(x) if impl == OURS else library_calls(x, impl)
+    found = errors(x, forward() + backward(), norm=impl == OURS)
+    if not max(found) < TOLERANCE:
+        raise RuntimeError(f"{impl} is wrong at {case}: relative errors of o and d_qkv {found}")
+    records = []
+    for direction, call in (("forward", forward), ("backward", getattr(backward, "bare", backward))):
+        is_backward = direction == "backward"
+        counted = {f.__name__: f(sequences, length, is_backward) for f in (flops, least_bytes)}
+        records.append(
+            Record.of_times(
+                "attention",
+                f"{case}-{direction}",
+                impl,
+                timed(call, args.calls, args.repeats),
+                flops=counted["flops"],
+                bytes=counted["least_bytes"],
+                notes={"relative_error": found[is_backward], "norm_inside": impl == OURS},
+            )
+        )
+    return records
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--impl", nargs="+", default=[OURS, *LIBRARIES], choices=[OURS, *LIBRARIES])
+    parser.add_argument("--calls", type=int, default=10, help="in a row, of which the mean is taken")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help="run our kernels once, for a profiler")
+    parser.add_argument("--out", help="results file to append to")
+    args = parser.parse_args()
+    for case in args.cases:
+        parse_case(case)
+    served, reason = cuda_attention.available(0) if torch.cuda.is_available() else (False, "no GPU is visible")
+    if not served:
+        raise SystemExit(f"our attention cannot run here: {reason}")
+    if args.once:
+        for case in args.cases:
+            forward, backward = our_calls(Inputs(*parse_case(case)))
+            forward()
+            backward()
+        torch.cuda.synchronize()
+        return 0
+    print(COLUMNS)
+    for case in args.cases:
+        for impl in args.impl:
+            records = run(case, impl, args)
+            for r in records:
+                print(f"{r.case:<22}{impl:<20}{r.ms:>9.4f}{r.ms_low:>9.4f}{r.ms_high:>9.4f}"
+                      f"{r.flops / r.ms / 1e9:>9.0f}{r.bytes / r.ms / 1e6:>8.0f}", flush=True)  # fmt: skip
+            if args.out:
+                append(args.out, records)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,9 +1,8 @@
 // Every attention kernel on small odd shapes, against double precision on the CPU; without torch, for
 // compute-sanitizer:
 //
-//   nvcc -std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a -lineinfo -Icsrc -Icsrc/include -o attention_check
-//     csrc/checks/attention_check.cu csrc/attention/*.cu csrc/attention/check.cpp
-//   compute-sanitizer --tool memcheck ./attention_check      # racecheck, synccheck likewise
+//   cmake -S . -B build/cuda -DSTDIT_CHECKS=ON && cmake --build build/cuda --target attention_check
+//   compute-sanitizer --tool memcheck build/cuda/attention_check      # racecheck, synccheck likewise
 //
 // Prints a line for each shape; ends with status 1 if an error is larger than bfloat16's, or a value was not written.
 

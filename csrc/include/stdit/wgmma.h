@@ -66,300 +66,86 @@ constexpr int kMajorK = 0, kMajorMN = 1;
 template <int N, int MajorA, int MajorB>
 struct Wgmma;
 
-#define STDIT_PICK_8(mode, d, i)                                                                            \
-  mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3]), mode(d[i + 4]), mode(d[i + 5]), mode(d[i + 6]), \
-      mode(d[i + 7])
-#define STDIT_PICK_4(mode, d, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
+// The instruction's text counts its operands: the accumulators' registers first, then A, B and the constants, whose
+// numbers STDIT_WGMMA takes as r0 to r5.
+#define STDIT_TEXT_0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define STDIT_TEXT_8 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define STDIT_TEXT_16 "%16, %17, %18, %19, %20, %21, %22, %23"
+#define STDIT_TEXT_24 "%24, %25, %26, %27, %28, %29, %30, %31"
+#define STDIT_TEXT_32 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define STDIT_TEXT_40 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define STDIT_TEXT_48 "%48, %49, %50, %51, %52, %53, %54, %55"
+#define STDIT_TEXT_56 "%56, %57, %58, %59, %60, %61, %62, %63"
+#define STDIT_PICK_4(mode, i) mode(d[i]), mode(d[i + 1]), mode(d[i + 2]), mode(d[i + 3])
+#define STDIT_PICK_8(mode, i) STDIT_PICK_4(mode, i), STDIT_PICK_4(mode, i + 4)
+#define STDIT_PICK_16(mode, i) STDIT_PICK_8(mode, i), STDIT_PICK_8(mode, i + 8)
+#define STDIT_PICK_32(mode, i) STDIT_PICK_16(mode, i), STDIT_PICK_16(mode, i + 16)
 
-template <int MajorA, int MajorB>
-struct Wgmma<8, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3"
-        "}, %4, %5, p, 1, 1, %6, %7;\n}\n"
-        : STDIT_PICK_4("=f", d, 0)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
+#define STDIT_WGMMA_FUNCTIONS(name, mode, predicate, N, text, pick, r0, r1, r2, r3, r4, r5)                        \
+  static __device__ __forceinline__ void name(float (&d)[N / 2], uint64_t a, uint64_t b) {                         \
+    asm volatile("{\n.reg .pred p;\nsetp." predicate                                                               \
+                 ".b32 p, 0, 0;\n"                                                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" text "}, %" #r0 ", %" #r1            \
+                 ", p, 1, 1, %" #r2 ", %" #r3 ";\n}\n"                                                             \
+                 : pick(mode)                                                                                      \
+                 : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));                                                      \
+  }                                                                                                                \
+  static __device__ __forceinline__ void name(float (&d)[N / 2], const uint32_t* a, uint64_t b) {                  \
+    asm volatile("{\n.reg .pred p;\nsetp." predicate                                                               \
+                 ".b32 p, 0, 0;\n"                                                                                 \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" text "}, {%" #r0 ", %" #r1 ", %" #r2 \
+                 ", %" #r3 "}, %" #r4 ", p, 1, 1, %" #r5 ";\n}\n"                                                  \
+                 : pick(mode)                                                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));                               \
   }
-  static __device__ __forceinline__ void start(float (&d)[4], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3"
-        "}, {%4, %5, %6, %7}, %8, p, 1, 1, %9;\n}\n"
-        : STDIT_PICK_4("=f", d, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[4], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3"
-        "}, %4, %5, p, 1, 1, %6, %7;\n}\n"
-        : STDIT_PICK_4("+f", d, 0)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[4], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3"
-        "}, {%4, %5, %6, %7}, %8, p, 1, 1, %9;\n}\n"
-        : STDIT_PICK_4("+f", d, 0)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
 
-template <int MajorA, int MajorB>
-struct Wgmma<48, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[24], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-        "}, %24, %25, p, 1, 1, %26, %27;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void start(float (&d)[24], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-        "}, {%24, %25, %26, %27}, %28, p, 1, 1, %29;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[24], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-        "}, %24, %25, p, 1, 1, %26, %27;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[24], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n48k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23"
-        "}, {%24, %25, %26, %27}, %28, p, 1, 1, %29;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
+#define STDIT_WGMMA(N, text, pick, ...)                                  \
+  template <int MajorA, int MajorB>                                      \
+  struct Wgmma<N, MajorA, MajorB> {                                      \
+    STDIT_WGMMA_FUNCTIONS(start, "=f", "ne", N, text, pick, __VA_ARGS__) \
+    STDIT_WGMMA_FUNCTIONS(add, "+f", "eq", N, text, pick, __VA_ARGS__)   \
+  };
 
-template <int MajorA, int MajorB>
-struct Wgmma<64, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1, %34, %35;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void start(float (&d)[32], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, %37;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[32], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, %32, %33, p, 1, 1, %34, %35;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[32], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, %37;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
+#define STDIT_D_8(mode) STDIT_PICK_4(mode, 0)
+#define STDIT_D_48(mode) STDIT_PICK_16(mode, 0), STDIT_PICK_8(mode, 16)
+#define STDIT_D_64(mode) STDIT_PICK_32(mode, 0)
+#define STDIT_D_80(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_8(mode, 32)
+#define STDIT_D_96(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_16(mode, 32)
+#define STDIT_D_128(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_32(mode, 32)
 
-template <int MajorA, int MajorB>
-struct Wgmma<80, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[40], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-        "}, %40, %41, p, 1, 1, %42, %43;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void start(float (&d)[40], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-        "}, {%40, %41, %42, %43}, %44, p, 1, 1, %45;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[40], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-        "}, %40, %41, p, 1, 1, %42, %43;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[40], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n80k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39"
-        "}, {%40, %41, %42, %43}, %44, p, 1, 1, %45;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
+STDIT_WGMMA(8, "%0, %1, %2, %3", STDIT_D_8, 4, 5, 6, 7, 8, 9)
+STDIT_WGMMA(48, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16, STDIT_D_48, 24, 25, 26, 27, 28, 29)
+STDIT_WGMMA(64, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24, STDIT_D_64, 32, 33, 34, 35, 36,
+            37)
+STDIT_WGMMA(80, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24 ", " STDIT_TEXT_32, STDIT_D_80, 40,
+            41, 42, 43, 44, 45)
+STDIT_WGMMA(96,
+            STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24 ", " STDIT_TEXT_32 ", " STDIT_TEXT_40,
+            STDIT_D_96, 48, 49, 50, 51, 52, 53)
+STDIT_WGMMA(128,
+            STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24 ", " STDIT_TEXT_32 ", " STDIT_TEXT_40
+                         ", " STDIT_TEXT_48 ", " STDIT_TEXT_56,
+            STDIT_D_128, 64, 65, 66, 67, 68, 69)
 
-template <int MajorA, int MajorB>
-struct Wgmma<96, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[48], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, %48, %49, p, 1, 1, %50, %51;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32), STDIT_PICK_8("=f", d, 40)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void start(float (&d)[48], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, {%48, %49, %50, %51}, %52, p, 1, 1, %53;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32), STDIT_PICK_8("=f", d, 40)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[48], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, %48, %49, p, 1, 1, %50, %51;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32), STDIT_PICK_8("+f", d, 40)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[48], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-        "}, {%48, %49, %50, %51}, %52, p, 1, 1, %53;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32), STDIT_PICK_8("+f", d, 40)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
-
-template <int MajorA, int MajorB>
-struct Wgmma<128, MajorA, MajorB> {
-  static __device__ __forceinline__ void start(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1, %66, %67;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32), STDIT_PICK_8("=f", d, 40), STDIT_PICK_8("=f", d, 48), STDIT_PICK_8("=f", d, 56)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void start(float (&d)[64], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, %69;\n}\n"
-        : STDIT_PICK_8("=f", d, 0), STDIT_PICK_8("=f", d, 8), STDIT_PICK_8("=f", d, 16), STDIT_PICK_8("=f", d, 24),
-          STDIT_PICK_8("=f", d, 32), STDIT_PICK_8("=f", d, 40), STDIT_PICK_8("=f", d, 48), STDIT_PICK_8("=f", d, 56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[64], uint64_t a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, %64, %65, p, 1, 1, %66, %67;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32), STDIT_PICK_8("+f", d, 40), STDIT_PICK_8("+f", d, 48), STDIT_PICK_8("+f", d, 56)
-        : "l"(a), "l"(b), "n"(MajorA), "n"(MajorB));
-  }
-  static __device__ __forceinline__ void add(float (&d)[64], const uint32_t* a, uint64_t b) {
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-        "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-        "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-        "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, %69;\n}\n"
-        : STDIT_PICK_8("+f", d, 0), STDIT_PICK_8("+f", d, 8), STDIT_PICK_8("+f", d, 16), STDIT_PICK_8("+f", d, 24),
-          STDIT_PICK_8("+f", d, 32), STDIT_PICK_8("+f", d, 40), STDIT_PICK_8("+f", d, 48), STDIT_PICK_8("+f", d, 56)
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(MajorB));
-  }
-};
-
-#undef STDIT_PICK_8
+#undef STDIT_TEXT_0
+#undef STDIT_TEXT_8
+#undef STDIT_TEXT_16
+#undef STDIT_TEXT_24
+#undef STDIT_TEXT_32
+#undef STDIT_TEXT_40
+#undef STDIT_TEXT_48
+#undef STDIT_TEXT_56
 #undef STDIT_PICK_4
+#undef STDIT_PICK_8
+#undef STDIT_PICK_16
+#undef STDIT_PICK_32
+#undef STDIT_WGMMA_FUNCTIONS
+#undef STDIT_WGMMA
+#undef STDIT_D_8
+#undef STDIT_D_48
+#undef STDIT_D_64
+#undef STDIT_D_80
+#undef STDIT_D_96
+#undef STDIT_D_128
 
 }  // namespace stdit

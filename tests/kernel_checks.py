@@ -58,11 +58,11 @@ def check(fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dt
     """Holds fused(**inputs) in `dtype` against plain(**inputs) in float64, outputs and every gradient.
 
     The error (relative norm) may be SLACK times what `plain` itself has in `dtype`, or one rounding where that is
-    smaller (in float32 six: short sums in another order differ by that). A second run must give the same bits,
-    unless a library serves part of the op that does not (`repeats` is False).
+    smaller (in float32 eight: short sums in another order differ by that, and each processor has its own order). A
+    second run must give the same bits, unless a library serves part of the op that does not (`repeats` is False).
     """
     inputs = cast(inputs, dtype)
-    rounding = torch.finfo(dtype).eps * (3 if dtype == torch.float32 else 0.5)
+    rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.5)
     ours_sum, theirs_sum, failures = defaultdict(float), defaultdict(float), []
     for seed in range(GRADIENTS):
         want = outputs_and_gradients(plain, cast(inputs, torch.float64), dtype, seed)

@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 
 PLANS = {
-    "cuda": Plan(CONFIGS / "demo_gpu.yaml", 4000, 3, 100, {"whole_shots": True, "repeats": 24}),
+    "cuda": Plan(CONFIGS / "demo_gpu.yaml", 3000, 3, 100, {"whole_shots": True, "repeats": 24}),
     "cpu": Plan(CONFIGS / "tiny.yaml", 600, 2, 30),
     "short": Plan(CONFIGS / "tiny.yaml", 60, 1, 4),
 }

@@ -79,6 +79,21 @@ def ops_table(path: Path) -> str:
     )
 
 
+def attention_table(path: Path) -> str:
+    """Markdown: a row for each case and direction of the attention suite, ours beside the libraries."""
+    rows = [
+        "| sequences x length, 16 heads of 72 | ours, QK-norm inside | cuDNN, no norm | FlashAttention 2, no norm |",
+        "| --- | --- | --- | --- |",
+    ]
+    records = latest(path)
+    for suite, case, impl in records:
+        if impl == "cuda":
+            found = [records[suite, case, name] for name in ("cuda", "cudnn", "flash_attention_2")]
+            cells = [f"{r['ms']:.3f} ms, {r['flops'] / r['ms'] / 1e9:.0f} TFLOP/s" for r in found]
+            rows.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", _machine(list(records.values())), "", "`python -m stdit_fast.benchmarks.attention`"])
+
+
 def _figures(r: dict) -> str:
     """Time with its spread, rate and memory, as cells."""
     peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
@@ -103,6 +118,7 @@ def tables() -> dict[str, str]:
         "step h200": step_table(results / "step.jsonl"),
         "sample h200": sample_table(results / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
+        "attention h200": attention_table(results / "attention.jsonl"),
     }
 
 

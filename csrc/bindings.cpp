@@ -43,7 +43,8 @@ class Attention {
  public:
   Attention(const Heads& q, const Heads& k, const Heads& v, const Heads& o, uintptr_t lse, uintptr_t q_weight,
             uintptr_t k_weight, int weight_dtype, bool normalise_q, bool normalise_k, int64_t sequences,
-            int64_t queries, int64_t keys, int heads, int head_dim, float scale, float epsilon)
+            int64_t queries, int64_t keys, int heads, int head_dim, float scale, float epsilon, uintptr_t key_starts,
+            int64_t packed_keys)
       : call_{heads_of(q),
               heads_of(k),
               heads_of(v),
@@ -57,6 +58,8 @@ class Attention {
               sequences,
               queries,
               keys,
+              reinterpret_cast<const int*>(key_starts),
+              packed_keys,
               heads,
               head_dim,
               scale,
@@ -101,11 +104,11 @@ PYBIND11_MODULE(_C, m) {
         "ema += (1 - decay) * (param - ema) for arrays at these addresses, of these numbers of elements.");
   py::class_<Attention>(m, "Attention", "softmax(scale * norm(q) norm(k)^T) v of one call; addresses and strides.")
       .def(py::init<const Heads&, const Heads&, const Heads&, const Heads&, uintptr_t, uintptr_t, uintptr_t, int, bool,
-                    bool, int64_t, int64_t, int64_t, int, int, float, float>(),
+                    bool, int64_t, int64_t, int64_t, int, int, float, float, uintptr_t, int64_t>(),
            py::kw_only(), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("o"), py::arg("lse"), py::arg("q_weight"),
            py::arg("k_weight"), py::arg("weight_dtype"), py::arg("normalise_q"), py::arg("normalise_k"),
            py::arg("sequences"), py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("head_dim"),
-           py::arg("scale"), py::arg("epsilon"))
+           py::arg("scale"), py::arg("epsilon"), py::arg("key_starts") = 0, py::arg("packed_keys") = 0)
       .def("forward", &Attention::forward, py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
       .def("backward_scratch", &Attention::backward_scratch, py::arg("device"))

@@ -43,6 +43,9 @@ def test_what_is_not_served_has_a_reason(qkv, reason):
     assert cuda_attention.unserved(qkv) == reason
 
 
+PLAIN = {"normalise_q": False, "normalise_k": False}
+
+
 def arguments(**changes) -> dict:
     """Of a call that the library takes, with changes."""
     heads = {name: (4096 * (i + 1), 8 * 216, 216, 72) for i, name in enumerate("qkvo")}
@@ -63,6 +66,10 @@ def arguments(**changes) -> dict:
         ({"o": (4096, -8, 8, 8)}, "a stride of o is -8 elements"),
         ({"weight_dtype": 9}, "unknown dtype 9 of the weights"),
         ({"sequences": 2**30, "heads": 16}, r"more than 2\^30 blocks"),
+        ({"scale": -1.0}, "scale -1.000000, where positive ones are served"),
+        ({"key_starts": 256, "packed_keys": 8}, "packed keys with a norm"),
+        ({"key_starts": 256, "packed_keys": 0, **PLAIN}, "0 packed keys"),
+        ({"key_starts": 256, "packed_keys": 999, "keys": 321, **PLAIN}, "packed sequences of 321 keys, where 320 can"),
     ],
 )
 def test_calls_that_cannot_be_served_are_refused_before_any_launch(changes, message):
@@ -225,6 +232,78 @@ def test_strided_inputs(view):
     here = view(wide)[..., :HEAD_DIM]
     w = [1 + 0.3 * randn(HEAD_DIM, seed=i, dtype=torch.bfloat16) for i in range(2)]
     assert torch.equal(fused(here, *w), fused(here.contiguous(), *w))
+
+
+# Lengths of each sample's text, queries, heads: around tiles of 80 and 128 keys, 64, 128 and 192 queries, and cuts of
+# the work between multiprocessors.
+TEXTS = [
+    ([1], 1, 1),
+    ([5, 1], 7, 2),
+    ([80, 64, 65], 65, 2),
+    ([129, 3, 200], 130, 3),
+    ([320, 1, 128], 300, 2),
+    ([13, 77, 160, 161, 20], 700, 16),
+    ([200, 120], 5000, 16),
+    ([33] * 100, 20, 4),
+]
+PACKED = dict(argvalues=TEXTS, ids=lambda value: "-".join(map(str, value[:5])) if isinstance(value, list) else None)
+
+
+def text_inputs(lengths: list[int], queries: int, heads: int) -> tuple[dict, object]:
+    """q and kv of cross attention, and the text's layout."""
+    longest = max(lengths)
+    mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    layout = ops.text_layout(mask, len(lengths), longest, torch.device("cuda"))
+    shapes = {"q": (len(lengths), queries, heads, HEAD_DIM), "kv": (sum(lengths), 2, heads, HEAD_DIM)}
+    return {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, layout
+
+
+@needs_gpu
+@pytest.mark.parametrize(("lengths", "queries", "heads"), **PACKED)
+def test_cross_attention_against_the_definition(lengths, queries, heads):
+    given, layout = text_inputs(lengths, queries, heads)
+    assert not cuda_attention.unserved(given["q"].bfloat16(), layout.max_length)
+    kwargs = {"layout": layout}
+    check(
+        lambda q, kv: ops.cross_attention(q, kv, backend="fused", **kwargs),
+        lambda q, kv: ops.cross_attention(q, kv, backend="reference", **kwargs),
+        given,
+        torch.bfloat16,
+    )
+
+
+@needs_gpu
+def test_cross_attention_over_padded_and_strided_text(monkeypatch):
+    """Rows of kv beyond the texts get no gradient; what lies in outputs before does not matter."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *args, **kwargs):
+        out = empty(self, *args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    given, layout = text_inputs([30, 130, 7], 200, 3)
+    q, kv = given["q"].bfloat16(), given["kv"].bfloat16()
+    grad = randn(3, 200, 3 * HEAD_DIM, seed=7, dtype=torch.bfloat16).unflatten(2, (3, HEAD_DIM))
+    wide = torch.zeros(200, 2, 3, 2 * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
+    padded = wide[..., :HEAD_DIM]
+    padded[: len(kv)] = kv
+    o, lse = cuda_attention.cross_forward(q, kv, layout.starts, layout.max_length)
+    d_q, d_kv = cuda_attention.cross_backward(grad, q, kv, layout.starts, layout.max_length, o, lse)
+    again = cuda_attention.cross_forward(q, padded, layout.starts, 200)
+    assert torch.equal(again[0], o) and torch.equal(again[1], lse) and o.isfinite().all()
+    grads = cuda_attention.cross_backward(grad, q, padded, layout.starts, 200, *again)
+    assert torch.equal(grads[0], d_q) and torch.equal(grads[1][: len(kv)], d_kv)
+    assert not grads[1][len(kv) :].any() and d_q.isfinite().all() and d_kv.isfinite().all()
+
+
+@needs_gpu
+def test_longer_texts_fall_back():
+    given, layout = text_inputs([321, 4], 10, 2)
+    q, kv = given["q"].bfloat16(), given["kv"].bfloat16()
+    assert cuda_attention.unserved(q, layout.max_length) == "a text of 321 tokens, where 320 fit"
+    got, want = (ops.cross_attention(q, kv, layout, backend=backend) for backend in ("fused", "reference"))
+    assert relative_error(got, want) < 1e-2
 
 
 @needs_gpu

@@ -26,6 +26,8 @@
 
 #include <algorithm>
 
+#include "attention/gradients.h"
+#include "attention/packed_backward.h"
 #include "attention/shared.h"
 #include "stdit/attention.h"
 #include "stdit/attention_tiles.h"
@@ -77,6 +79,7 @@ struct BackwardArguments {
   TileMaps q, k, v, d_o;
   HeadArray raw_q, raw_k, d_q, d_k, d_v;
   NormArguments norm;
+  float score_factor;      // of scores, to units of log2
   const float2* rows;      // [sequences * heads, queries]
   float* partials;         // ring of [query_tiles] tiles of dq
   int* turns;              // [sequences * heads, query_tiles]: whose turn it is; then [sequences * heads]: tiles done
@@ -180,8 +183,7 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
   const int helper = 32 * warp + threadIdx.x % 32;
   const auto ready = [](Barrier& barrier) {
     fence_async_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
+    arrive_warp(barrier);
   };
   Dealer dealer{warp};
   for (Cursor<B> at; at.valid(a); at.next(a)) {
@@ -196,6 +198,7 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
       if (query < a.queries) rows[i] = __ldg(a.rows + static_cast<int64_t>(u.item) * a.queries + query);
     }
     if (at.step == 0) {
+      if (kForRacecheck) s.k_ready[at.kv.stage].wait(at.kv.parity ^ 1);
       s.kv_full[at.kv.stage].wait(at.kv.parity);
       if (a.norm.normalise_k) {
         dealer.deal((min(B::kKeys, a.keys - u.key_block * B::kKeys) + 15) / 16, [&](int group) {
@@ -205,167 +208,22 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
       ready(s.k_ready[at.kv.stage]);
     }
     const int stage = at.q.stage;
+    if (kForRacecheck) {
+      s.q_empty[stage].wait(at.q.parity ^ 1);
+      s.q_ready[stage].wait(at.q.parity ^ 1);
+    }
     s.q_full[stage].wait(at.q.parity);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int row = helper + 32 * kNormalisers * i;
       if (row < kQueries) s.rows[stage][row] = rows[i];
     }
-    dealer.deal(kQueries / 16, [&](int group) {
-      scale_rows<D, kQueries>(s.q[stage], group * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
-    });
+    if (a.norm.folds()) {
+      dealer.deal(kQueries / 16, [&](int group) {
+        scale_rows<D, kQueries>(s.q[stage], group * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
+      });
+    }
     ready(s.q_ready[stage]);
-  }
-}
-
-// Two rows of an array, of which each thread has the columns that it has of accumulators.
-struct RowPair {
-  __nv_bfloat16* row[2];
-  bool there[2];
-
-  // Rows `first` and `first` + 8 of `count`; a row beyond stands for the last one, and is not there.
-  __device__ __forceinline__ RowPair(const HeadArray& array, int sequence, int head, int first, int count) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      there[h] = first + 8 * h < count;
-      row[h] = array.head(sequence, head) + (there[h] ? first + 8 * h : count - 1) * array.row_stride;
-    }
-  }
-};
-
-// What the rows held, as pairs of neighbours.
-template <int D>
-struct RawRows {
-  uint32_t x[2][D / 8];
-
-  __device__ __forceinline__ void read(const RowPair& from) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        x[h][j] = __ldg(reinterpret_cast<const uint32_t*>(from.row[h] + 8 * j + threadIdx.x % 4 * 2));
-      }
-    }
-  }
-};
-
-// Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in
-// pieces of 32 bytes.
-template <int D>
-__device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPair& to) {
-  const int quarter = threadIdx.x % 4;
-  const bool odd = quarter % 2 != 0;
-  // Lanes 0 and 2 write the left eight columns of two eights, 1 and 3 the right.
-  const int column = (odd ? 8 : 0) + quarter / 2 * 4;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-#pragma unroll
-    for (int j = 0; j + 1 < D / 8; j += 2) {
-      const uint32_t left = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
-      const uint32_t right = pack(d[4 * j + 4 + 2 * h], d[4 * j + 4 + 2 * h + 1]);
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-      const uint2 four = odd ? make_uint2(other, right) : make_uint2(left, other);
-      if (to.there[h]) *reinterpret_cast<uint2*>(to.row[h] + 8 * j + column) = four;
-    }
-    if constexpr (D / 8 % 2 != 0) {
-      constexpr int j = D / 8 - 1;
-      const uint32_t two = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
-      if (to.there[h]) *reinterpret_cast<uint32_t*>(to.row[h] + 8 * j + 2 * quarter) = two;
-    }
-  }
-}
-
-// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step
-// a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
-template <int D>
-__device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
-  constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, k3 = (k2 + 1) / 2;
-  const int lane = threadIdx.x % 32;
-  const auto halve = [&](auto& values, int count, int kept, int step) {
-    const bool upper = (lane & step) != 0;
-#pragma unroll
-    for (int i = 0; i < kept; ++i) {
-      const float high = i + kept < count ? values[i + kept] : 0.0f;
-      const float other = __shfl_xor_sync(~0u, upper ? values[i] : high, step);
-      values[i] = (upper ? high : values[i]) + other;
-    }
-  };
-  halve(v, k0, k1, 16);
-  halve(v, k1, k2, 8);
-  halve(v, k2, k3, 4);
-  const int at2 = (lane & 4 ? k3 : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
-#pragma unroll
-  for (int i = 0; i < k3; ++i) {
-    const int k = at0 + at1 + at2 + i;
-    const bool mine = at2 + i < k2 && at1 + at2 + i < k1 && k < k0;
-    if (mine) sums[8 * (k / 2) + 2 * (lane % 4) + k % 2] += v[i];
-  }
-}
-
-// From the gradient of a normalised (and weighted) row to that of the row as it came, in place.
-//   d: a warp's accumulators [16, D]; raw: the rows as they came.
-//   weights: what the normalised row was multiplied by, times `scale` (null: 1).
-//   weight_sums: where the sums over rows of d * normalised row are added (null: nowhere).
-template <int D>
-__device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>& raw, bool normalised, float epsilon,
-                                             const float* weights, float scale, float* weight_sums) {
-  float factor[2] = {1.0f, 1.0f};
-  if (normalised) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        sum = fmaf(low_half(raw.x[h][j]), low_half(raw.x[h][j]), sum);
-        sum = fmaf(high_half(raw.x[h][j]), high_half(raw.x[h][j]), sum);
-      }
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      factor[h] = rsqrtf(sum * (1.0f / D) + epsilon);
-    }
-  }
-  if (weight_sums != nullptr) {
-    float sums[D / 4];
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      sums[2 * j] = d[4 * j] * (low_half(raw.x[0][j]) * factor[0]) + d[4 * j + 2] * (low_half(raw.x[1][j]) * factor[1]);
-      sums[2 * j + 1] =
-          d[4 * j + 1] * (high_half(raw.x[0][j]) * factor[0]) + d[4 * j + 3] * (high_half(raw.x[1][j]) * factor[1]);
-    }
-    add_columns<D>(sums, weight_sums);
-  }
-#pragma unroll
-  for (int j = 0; j < D / 8; ++j) {
-    float2 w{scale, scale};
-    if (weights != nullptr) {
-      w = *reinterpret_cast<const float2*>(weights + 8 * j + threadIdx.x % 4 * 2);
-      w.x *= scale;
-      w.y *= scale;
-    }
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      d[4 * j + 2 * h] *= w.x;
-      d[4 * j + 2 * h + 1] *= w.y;
-    }
-  }
-  if (normalised) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float dot = 0.0f;
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        dot = fmaf(d[4 * j + 2 * h], low_half(raw.x[h][j]), dot);
-        dot = fmaf(d[4 * j + 2 * h + 1], high_half(raw.x[h][j]), dot);
-      }
-      dot += __shfl_xor_sync(~0u, dot, 1);
-      dot += __shfl_xor_sync(~0u, dot, 2);
-      const float share = dot * factor[h] * factor[h] * (1.0f / D);
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        d[4 * j + 2 * h] = factor[h] * (d[4 * j + 2 * h] - share * low_half(raw.x[h][j]));
-        d[4 * j + 2 * h + 1] = factor[h] * (d[4 * j + 2 * h + 1] - share * high_half(raw.x[h][j]));
-      }
-    }
   }
 }
 
@@ -500,8 +358,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
         const float4 row = rows[4 * j];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          p[4 * j + 2 * h] = exp2_approx(p[4 * j + 2 * h] - row.x);
-          p[4 * j + 2 * h + 1] = exp2_approx(p[4 * j + 2 * h + 1] - row.z);
+          p[4 * j + 2 * h] = exp2_approx(fmaf(p[4 * j + 2 * h], a.score_factor, -row.x));
+          p[4 * j + 2 * h + 1] = exp2_approx(fmaf(p[4 * j + 2 * h + 1], a.score_factor, -row.z));
         }
       }
       if (keys_end) {  // keys that are not there
@@ -551,15 +409,14 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
                        ds16[4 * i + 1], ds16[4 * i + 2], ds16[4 * i + 3]);
       }
       fence_async_shared();
-      __syncwarp();
-      if (lane == 0) s.ds_full[ds.stage].arrive();
+      arrive_warp(s.ds_full[ds.stage]);
       if (!B::kSingle && !B::kEarly && mine) place.load(a, d_q, barrier);
 
       q.next();
       wgmma_wait<0>();
       hold(d_v);
       hold(d_k);
-      if (thread == 0) s.q_empty[stage].arrive();
+      arrive_warp(s.q_empty[stage]);  // every warp, when its lanes have read their rows
 
       if (mine) {
         s.ds_full[ds.stage].wait(ds.parity);
@@ -605,7 +462,9 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
     RawRows<D> raw;
     raw.read(RowPair(a.raw_k, u.sequence, u.head, key0, a.keys));
     write_rows<D>(d_v, RowPair(a.d_v, u.sequence, u.head, key0, a.keys));
-    through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, kLn2, nullptr);
+    // Where q is scaled, it is in units of log2.
+    const float scale = a.norm.folds() ? kLn2 : a.norm.scale;
+    through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, nullptr);
     write_rows<D>(d_k, RowPair(a.d_k, u.sequence, u.head, key0, a.keys));
   }
 
@@ -627,16 +486,16 @@ __global__ void __launch_bounds__(B::kThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       s.kv_full[i].init(1);
-      s.k_ready[i].init(kNormalisers);
+      s.k_ready[i].init(kNormalisers * kWarpArrivals);
       s.kv_empty[i].init(B::kConsumers);
-      s.ds_full[i].init(4 * B::kConsumers);
+      s.ds_full[i].init(4 * B::kConsumers * kWarpArrivals);
       s.ds_empty[i].init(1);
     }
     for (int i = 0; i < B::kStages; ++i) {
       s.q_full[i].init(1);
       s.do_full[i].init(1);
-      s.q_ready[i].init(kNormalisers);
-      s.q_empty[i].init(B::kConsumers);
+      s.q_ready[i].init(kNormalisers * kWarpArrivals);
+      s.q_empty[i].init(4 * B::kConsumers * kWarpArrivals);
     }
     fence_barrier_init();
   }
@@ -658,44 +517,9 @@ __global__ void __launch_bounds__(B::kThreads, 1)
   }
 }
 
-// rows[item, query] = (lse in units of log2, sum of do * o). Few threads a row, each some pieces of 16 bytes.
 template <int D>
-__global__ void __launch_bounds__(256) attention_rows_kernel(HeadArray o, HeadArray d_o, const float* lse, float2* rows,
-                                                             int heads, int queries, int64_t count) {
-  constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2, kEach = kPieces / kLanes;
-  constexpr int kRows = 32 / kLanes;  // of a warp
-  const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const int64_t index = (static_cast<int64_t>(blockIdx.x) * 8 + threadIdx.x / 32) * kRows + lane / kLanes;
-  const bool there = lane < kRows * kLanes && index < count;
-  const int head = static_cast<int>(index % heads);
-  const int64_t token = index / heads;
-  const int query = static_cast<int>(token % queries), sequence = static_cast<int>(token / queries);
-  float sum = 0.0f;
-  if (there) {
-    const auto* x = reinterpret_cast<const uint4*>(o.head(sequence, head) + query * o.row_stride) + part * kEach;
-    const auto* y = reinterpret_cast<const uint4*>(d_o.head(sequence, head) + query * d_o.row_stride) + part * kEach;
-    uint4 u[kEach], w[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) u[i] = __ldg(x + i);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) w[i] = __ldg(y + i);
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const uint32_t a[4] = {u[i].x, u[i].y, u[i].z, u[i].w}, b[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        sum = fmaf(low_half(a[k]), low_half(b[k]), sum);
-        sum = fmaf(high_half(a[k]), high_half(b[k]), sum);
-      }
-    }
-  }
-  float total = sum;
-#pragma unroll
-  for (int i = 1; i < kLanes; ++i) total += __shfl_down_sync(~0u, sum, i);
-  if (there && part == 0) {
-    const int64_t item = static_cast<int64_t>(sequence) * heads + head;
-    rows[item * queries + query] = make_float2(lse[item * queries + query] * kLog2E, total);
-  }
+__global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(RowArguments a) {
+  write_row_sums<D>(a, blockIdx.x);
 }
 
 // d_weights[0] = sum over blocks * k_weight * scale, d_weights[1] likewise with q_weight: both norms' weights only
@@ -760,6 +584,7 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   a.d_k = array_of(g.d_k);
   a.d_v = array_of(g.d_v);
   a.norm = norm_of(call);
+  a.score_factor = a.norm.score_factor();
   auto* rows = reinterpret_cast<float2*>(scratch + plan.rows_at);
   a.rows = rows;
   a.turns = reinterpret_cast<int*>(scratch + plan.turns_at);
@@ -775,10 +600,9 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   a.walks = plan.walks;
 
   if (plan.turns_bytes > 0) STDIT_CHECK(cudaMemsetAsync(a.turns, 0, plan.turns_bytes, stream));
-  constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2;
-  const int64_t count = plan.items * call.queries, per_block = 8 * (32 / kLanes);
-  attention_rows_kernel<D><<<static_cast<unsigned>((count + per_block - 1) / per_block), 256, 0, stream>>>(
-      array_of(call.o), array_of(g.d_o), call.lse, rows, call.heads, a.queries, count);
+  const RowArguments row_sums{array_of(call.o), array_of(g.d_o), call.lse,  rows,
+                              call.heads,       a.queries,       a.queries, plan.items * call.queries};
+  attention_rows_kernel<D><<<row_blocks<D>(row_sums), kRowThreads, 0, stream>>>(row_sums);
   check_launch("attention_rows_kernel");
   const auto kernel = attention_backward_kernel<B>;
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, B::kSharedBytes));
@@ -798,11 +622,14 @@ bool is_short(const stdit_attention& call) { return call.keys > Long::kKeys && c
 }  // namespace
 
 int64_t attention_backward_scratch(const stdit_attention& call) {
+  if (call.key_starts != nullptr) return packed_backward_scratch(call);
   return is_short(call) ? plan_of<Short>(call).bytes : plan_of<Long>(call).bytes;
 }
 
 void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
-  if (is_short(call)) {
+  if (call.key_starts != nullptr) {
+    packed_backward(call, gradients, stream);
+  } else if (is_short(call)) {
     launch<Short>(call, gradients, stream);
   } else {
     launch<Long>(call, gradients, stream);

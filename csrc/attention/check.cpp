@@ -45,6 +45,21 @@ void check_attention(const stdit_attention& call) {
   if (call.weight_dtype != STDIT_FLOAT32 && call.weight_dtype != STDIT_BFLOAT16) {
     throw std::invalid_argument("attention: unknown dtype " + std::to_string(call.weight_dtype) + " of the weights");
   }
+  if (!(call.scale > 0)) {
+    throw std::invalid_argument("attention: scale " + std::to_string(call.scale) + ", where positive ones are served");
+  }
+  if (call.key_starts != nullptr) {
+    if (call.normalise_q || call.normalise_k || call.q_weight != nullptr || call.k_weight != nullptr) {
+      throw std::invalid_argument("attention: packed keys with a norm or weights");
+    }
+    if (call.keys > kMostPackedKeys) {
+      throw std::invalid_argument("attention: packed sequences of " + std::to_string(call.keys) + " keys, where " +
+                                  std::to_string(kMostPackedKeys) + " can be served");
+    }
+    if (call.packed_keys < 1 || call.packed_keys > (int64_t{1} << 30)) {
+      throw std::invalid_argument("attention: " + std::to_string(call.packed_keys) + " packed keys");
+    }
+  }
   constexpr int64_t kMost = int64_t{1} << 30;
   if (call.sequences < 1 || call.heads < 1 || call.queries < 1 || call.keys < 1) {
     throw std::invalid_argument("attention: an empty dimension");

@@ -11,9 +11,15 @@
 // k are normalised no score exceeds D times the largest of those factors; if that is small, as with trained weights,
 // 2^s is in range as it is: no maximum is looked for and nothing is rescaled.
 //
+// Where nothing is normalised, q is used as it is and the scale is applied to the scores: folded into q it would cost a
+// rounding.
+//
 // Tiles: up to 160 keys, as training's small buckets have, what counts is memory: three consumers hold all queries of a
 // sequence, 80 keys a tile waste least (144 = 2 * 80 - 16), and q is in threefold so that loads never wait for a unit's
 // end. Longer: 128 queries by 128 keys or 192 by 96, which take as long a tile, whichever needs fewer tiles.
+//
+// Packed keys (cross attention over text): a block takes units of one head after each other, as many as make its share
+// of the work, and keeps the head's keys and values in the ring meanwhile.
 
 #include <algorithm>
 #include <stdexcept>
@@ -25,8 +31,9 @@
 namespace stdit {
 namespace {
 
-template <int D_, int Consumers_, int Keys_, int Stages_, int QueryStages_>
+template <int D_, int Consumers_, int Keys_, int Stages_, int QueryStages_, bool Packed_ = false>
 struct Forward {
+  static constexpr bool kPacked = Packed_;
   static constexpr int D = D_, kConsumers = Consumers_, kKeys = Keys_, kStages = Stages_, kQueryStages = QueryStages_;
   static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   using QueryTile = Tile<D, 64>;
@@ -39,6 +46,7 @@ struct Forward {
     alignas(1024) char k[kStages][KeyTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
     alignas(16) float weights[D];
+    int range[2];  // packed: the block's first unit, and the next block's
     Barrier q_full[kQueryStages], q_ready[kQueryStages], q_empty[kQueryStages];
     Barrier k_full[kStages], v_full[kStages], k_ready[kStages], kv_empty[kStages];
   };
@@ -48,8 +56,10 @@ struct Forward {
 struct ForwardArguments {
   TileMaps q, k, v, o;
   NormArguments norm;
+  float score_factor;     // of scores, to units of log2
+  const int* key_starts;  // packed keys: [sequences + 1]
   float* lse;
-  int units, query_blocks, heads, queries, keys;
+  int sequences, units, query_blocks, heads, queries, keys;
 };
 
 struct Unit {
@@ -62,22 +72,26 @@ __device__ __forceinline__ Unit unit_of(const ForwardArguments& a, int unit) {
   return {(unit - item * a.query_blocks) * F::kQueries, item % a.heads, item / a.heads};
 }
 
-// A place in a block's sequence of tiles of keys, over all its units.
 template <class F>
-struct Cursor {
-  int unit = blockIdx.x, key = 0;
-  RingPlace<F::kQueryStages> q;
-  RingPlace<F::kStages> kv;
+__device__ __forceinline__ KeyRange keys_of(const ForwardArguments& a, const Unit& u) {
+  return F::kPacked ? KeyRange::packed(a.key_starts, u.sequence) : KeyRange{0, a.keys, u.sequence};
+}
 
-  __device__ __forceinline__ bool valid(const ForwardArguments& a) const { return unit < a.units; }
-  __device__ __forceinline__ void next(const ForwardArguments& a) {
-    kv.next();
-    key += F::kKeys;
-    if (key >= a.keys) {
-      key = 0;
-      unit += gridDim.x;
-      q.next();
-    }
+// A block's units, one after another.
+template <class F>
+struct UnitCursor {
+  int at, end;
+
+  __device__ __forceinline__ UnitCursor(const ForwardArguments& a, const typename F::Shared& s)
+      : at(F::kPacked ? s.range[0] : blockIdx.x), end(F::kPacked ? s.range[1] : a.units) {}
+  __device__ __forceinline__ bool valid() const { return at < end; }
+  __device__ __forceinline__ void next() { at += F::kPacked ? 1 : gridDim.x; }
+  // Whether keys and values must be brought for this unit, and whether no unit after it needs them.
+  __device__ __forceinline__ bool brings_keys(const ForwardArguments& a, const typename F::Shared& s) const {
+    return !F::kPacked || at == s.range[0] || at % a.query_blocks == 0;
+  }
+  __device__ __forceinline__ bool leaves_keys(const ForwardArguments& a) const {
+    return !F::kPacked || at + 1 == end || (at + 1) % a.query_blocks == 0;
   }
 };
 
@@ -89,23 +103,27 @@ __device__ __forceinline__ int query_tiles(const ForwardArguments& a, const Unit
 template <class F>
 __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Shared& s) {
   constexpr int D = F::D;
-  for (Cursor<F> at; at.valid(a); at.next(a)) {
-    const Unit u = unit_of<F>(a, at.unit);
-    if (at.key == 0) {
-      s.q_empty[at.q.stage].wait(at.q.parity ^ 1);
-      const int tiles = query_tiles<F>(a, u);
-      Barrier& full = s.q_full[at.q.stage];
-      full.arrive_and_expect(tiles * F::QueryTile::kLoadBytes);
-      for (int w = 0; w < tiles; ++w) {
-        load_tile<D, 64>(a.q, full, s.q[at.q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
-      }
+  RingPlace<F::kQueryStages> q;
+  RingPlace<F::kStages> kv;
+  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
+    const Unit u = unit_of<F>(a, at.at);
+    s.q_empty[q.stage].wait(q.parity ^ 1);
+    const int tiles = query_tiles<F>(a, u);
+    s.q_full[q.stage].arrive_and_expect(tiles * F::QueryTile::kLoadBytes);
+    for (int w = 0; w < tiles; ++w) {
+      load_tile<D, 64>(a.q, s.q_full[q.stage], s.q[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
     }
-    const int stage = at.kv.stage;
-    s.kv_empty[stage].wait(at.kv.parity ^ 1);
-    s.k_full[stage].arrive_and_expect(F::KeyTile::kLoadBytes);
-    load_tile<D, F::kKeys>(a.k, s.k_full[stage], s.k[stage], at.key, u.head, u.sequence);
-    s.v_full[stage].arrive_and_expect(F::KeyTile::kLoadBytes);
-    load_tile<D, F::kKeys>(a.v, s.v_full[stage], s.v[stage], at.key, u.head, u.sequence);
+    q.next();
+    if (!at.brings_keys(a, s)) continue;
+    const KeyRange keys = keys_of<F>(a, u);
+    for (int key = 0; key < keys.count; key += F::kKeys) {
+      s.kv_empty[kv.stage].wait(kv.parity ^ 1);
+      s.k_full[kv.stage].arrive_and_expect(F::KeyTile::kLoadBytes);
+      load_tile<D, F::kKeys>(a.k, s.k_full[kv.stage], s.k[kv.stage], keys.first + key, u.head, keys.sequence);
+      s.v_full[kv.stage].arrive_and_expect(F::KeyTile::kLoadBytes);
+      load_tile<D, F::kKeys>(a.v, s.v_full[kv.stage], s.v[kv.stage], keys.first + key, u.head, keys.sequence);
+      kv.next();
+    }
   }
 }
 
@@ -114,25 +132,32 @@ __device__ __forceinline__ void normalise(const ForwardArguments& a, typename F:
   constexpr int D = F::D;
   const auto ready = [](Barrier& barrier) {
     fence_async_shared();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier.arrive();
+    arrive_warp(barrier);
   };
   Dealer dealer{warp};
-  for (Cursor<F> at; at.valid(a); at.next(a)) {
-    if (at.key == 0) {
-      s.q_full[at.q.stage].wait(at.q.parity);
-      dealer.deal(4 * query_tiles<F>(a, unit_of<F>(a, at.unit)), [&](int group) {
-        scale_rows<D, 64>(s.q[at.q.stage][group / 4], group % 4 * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
-      });
-      ready(s.q_ready[at.q.stage]);
-    }
-    s.k_full[at.kv.stage].wait(at.kv.parity);
-    if (a.norm.normalise_k) {
-      dealer.deal((min(F::kKeys, a.keys - at.key) + 15) / 16, [&](int group) {
-        scale_rows<D, F::kKeys>(s.k[at.kv.stage], group * 16, true, a.norm.epsilon, nullptr);
+  RingPlace<F::kQueryStages> q;
+  RingPlace<F::kStages> kv;
+  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
+    if (kForRacecheck) s.q_ready[q.stage].wait(q.parity ^ 1);
+    s.q_full[q.stage].wait(q.parity);
+    if (a.norm.folds()) {
+      dealer.deal(4 * query_tiles<F>(a, unit_of<F>(a, at.at)), [&](int group) {
+        scale_rows<D, 64>(s.q[q.stage][group / 4], group % 4 * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
       });
     }
-    ready(s.k_ready[at.kv.stage]);
+    ready(s.q_ready[q.stage]);
+    q.next();
+    for (int key = 0; key < a.keys; key += F::kKeys) {
+      if (kForRacecheck) s.k_ready[kv.stage].wait(kv.parity ^ 1);
+      s.k_full[kv.stage].wait(kv.parity);
+      if (a.norm.normalise_k) {
+        dealer.deal((min(F::kKeys, a.keys - key) + 15) / 16, [&](int group) {
+          scale_rows<D, F::kKeys>(s.k[kv.stage], group * 16, true, a.norm.epsilon, nullptr);
+        });
+      }
+      ready(s.k_ready[kv.stage]);
+      kv.next();
+    }
   }
 }
 
@@ -166,19 +191,24 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
   using QueryTile = typename F::QueryTile;
   using KeyTile = typename F::KeyTile;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const int tiles = (a.keys + kKeys - 1) / kKeys;
+  Barrier* const q_ready = F::kPacked ? s.q_full : s.q_ready;
+  Barrier* const k_ready = F::kPacked ? s.k_full : s.k_ready;
   RingPlace<F::kQueryStages> q;
-  RingPlace<F::kStages> kv;
-  for (int unit = blockIdx.x; unit < a.units; unit += gridDim.x) {
-    const Unit u = unit_of<F>(a, unit);
+  RingPlace<F::kStages> first;  // of the unit's keys
+  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
+    const Unit u = unit_of<F>(a, at.at);
+    const int keys = keys_of<F>(a, u).count, tiles = (keys + kKeys - 1) / kKeys;
+    const bool leaves = at.leaves_keys(a);
+    RingPlace<F::kStages> kv = first;
     if (u.first_query + 64 * consumer >= a.queries) {  // nothing to do but to let the others' tiles pass
       for (int tile = 0; tile < tiles; ++tile) {
-        s.k_ready[kv.stage].wait(kv.parity);
-        if (thread == 0) s.kv_empty[kv.stage].arrive();
+        k_ready[kv.stage].wait(kv.parity);
+        if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
         kv.next();
       }
       if (thread == 0) s.q_empty[q.stage].arrive();
       q.next();
+      if (leaves) first = kv;
       continue;
     }
     char* q_tile = s.q[q.stage][consumer];
@@ -213,7 +243,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       if (tile == tiles - 1) {  // keys that are not there
 #pragma unroll
         for (int i = 0; i < kKeys / 2; ++i) {
-          if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= a.keys) scores[i] = -INFINITY;
+          if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) scores[i] = -INFINITY;
         }
       }
       if (Bounded) {
@@ -224,7 +254,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
         }
         return false;
       }
-      const float high[2] = {row_max<kKeys>(scores, 0), row_max<kKeys>(scores, 1)};
+      const float high[2] = {row_max<kKeys>(scores, 0) * a.score_factor, row_max<kKeys>(scores, 1) * a.score_factor};
       const bool rescale = __any_sync(~0u, high[0] > rows[0].max + kSlack || high[1] > rows[1].max + kSlack);
       if (rescale) {
 #pragma unroll
@@ -237,7 +267,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       }
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) {
-        scores[i] = exp2_approx(scores[i] - rows[(i / 2) % 2].max);
+        scores[i] = exp2_approx(fmaf(scores[i], a.score_factor, -rows[(i / 2) % 2].max));
         rows[(i / 2) % 2].sum += scores[i];
       }
       return rescale;
@@ -247,8 +277,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       for (int i = 0; i < kKeys / 4; ++i) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
     };
 
-    s.q_ready[q.stage].wait(q.parity);
-    s.k_ready[kv.stage].wait(kv.parity);
+    q_ready[q.stage].wait(q.parity);
+    k_ready[kv.stage].wait(kv.parity);
     ask_scores(kv.stage);
     wgmma_wait<0>();
     hold(scores);
@@ -257,7 +287,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
     for (int tile = 1; tile < tiles; ++tile) {
       const RingPlace<F::kStages> before = kv;
       kv.next();
-      s.k_ready[kv.stage].wait(kv.parity);
+      k_ready[kv.stage].wait(kv.parity);
       ask_scores(kv.stage);
       ask_values(before);
       wgmma_wait<1>();
@@ -265,7 +295,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       const bool rescale = exponentiate(tile);
       wgmma_wait<0>();
       hold(o);
-      if (thread == 0) s.kv_empty[before.stage].arrive();
+      if (thread == 0 && leaves) s.kv_empty[before.stage].arrive();
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= factors[(i / 2) % 2];
@@ -275,8 +305,9 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
     ask_values(kv);
     wgmma_wait<0>();
     hold(o);
-    if (thread == 0) s.kv_empty[kv.stage].arrive();
+    if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
     kv.next();
+    if (leaves) first = kv;
 
     float inverse[2];
 #pragma unroll
@@ -320,31 +351,38 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
   if (threadIdx.x == 0) {
     for (int i = 0; i < F::kQueryStages; ++i) {
       s.q_full[i].init(1);
-      s.q_ready[i].init(kNormalisers);
+      s.q_ready[i].init(kNormalisers * kWarpArrivals);
       s.q_empty[i].init(F::kConsumers);
     }
     for (int i = 0; i < F::kStages; ++i) {
       s.k_full[i].init(1);
       s.v_full[i].init(1);
-      s.k_ready[i].init(kNormalisers);
+      s.k_ready[i].init(kNormalisers * kWarpArrivals);
       s.kv_empty[i].init(F::kConsumers);
     }
     fence_barrier_init();
   }
   for (int i = threadIdx.x; i < F::D; i += F::kThreads) s.weights[i] = a.norm.weight(i) * a.norm.scale * kLog2E;
+  if (F::kPacked && threadIdx.x < 64) {  // a unit costs what its keys' tiles cost, and as much as one for its queries
+    const int units = a.heads * a.query_blocks, part = blockIdx.x + threadIdx.x / 32;
+    const Place place = place_of(
+        part, gridDim.x, a.sequences, [&](int) { return units; },
+        [&](int sequence) { return (KeyRange::packed(a.key_starts, sequence).count + F::kKeys - 1) / F::kKeys + 1; });
+    if (threadIdx.x % 32 == 0) s.range[threadIdx.x / 32] = place.sequence * units + place.unit;
+  }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {
     leave_registers<F::kFeederRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp > 0) {
-      normalise<F>(a, s, warp - 1);
+      if (!F::kPacked) normalise<F>(a, s, warp - 1);
     } else if (threadIdx.x == 0) {
       produce<F>(a, s);
     }
   } else {
     take_registers<F::kConsumerRegisters>();
-    if (a.norm.normalise_q && a.norm.normalise_k && F::D * largest(s.weights, F::D) <= kLargestBound) {
+    if (!F::kPacked && a.norm.normalise_q && a.norm.normalise_k && F::D * largest(s.weights, F::D) <= kLargestBound) {
       consume<F, true>(a, s, group - 1);
     } else {
       consume<F, false>(a, s, group - 1);
@@ -355,14 +393,14 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
 template <class F>
 void launch(const stdit_attention& call, cudaStream_t stream) {
   ForwardArguments a{};
-  const auto maps = [&](const stdit_heads& array, int64_t rows, int box_rows) {
-    return make_tile_maps<F::D>(array_of(array), call.sequences, rows, call.heads, box_rows);
-  };
-  a.q = maps(call.q, call.queries, 64);
-  a.k = maps(call.k, call.keys, F::kKeys);
-  a.v = maps(call.v, call.keys, F::kKeys);
-  a.o = maps(call.o, call.queries, 64);
+  a.q = make_tile_maps<F::D>(array_of(call.q), call.sequences, call.queries, call.heads, 64);
+  a.k = make_tile_maps<F::D>(array_of(call.k), key_sequences(call), key_rows(call), call.heads, F::kKeys);
+  a.v = make_tile_maps<F::D>(array_of(call.v), key_sequences(call), key_rows(call), call.heads, F::kKeys);
+  a.o = make_tile_maps<F::D>(array_of(call.o), call.sequences, call.queries, call.heads, 64);
   a.norm = norm_of(call);
+  a.score_factor = a.norm.score_factor();
+  a.key_starts = call.key_starts;
+  a.sequences = static_cast<int>(call.sequences);
   a.lse = call.lse;
   a.query_blocks = static_cast<int>((call.queries + F::kQueries - 1) / F::kQueries);
   a.heads = call.heads;
@@ -387,7 +425,11 @@ void choose(const stdit_attention& call, cudaStream_t stream) {
   using Short = Forward<D, 3, 80, 4, 3>;
   using Middle = Forward<D, 2, 128, 4, 2>;
   using Long = Forward<D, 3, 96, 4, 2>;
-  if (call.keys <= 2 * Short::kKeys) {
+  using Packed = Forward<D, 3, 80, 4, 3, true>;
+  static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
+  if (call.key_starts != nullptr) {
+    launch<Packed>(call, stream);
+  } else if (call.keys <= 2 * Short::kKeys) {
     launch<Short>(call, stream);
   } else if (tiles_of<Middle>(call) <= tiles_of<Long>(call)) {  // a tile of either takes as long
     launch<Middle>(call, stream);

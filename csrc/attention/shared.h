@@ -32,6 +32,12 @@ struct NormArguments {
     if (in_float32) return static_cast<const float*>(weights)[column];
     return __bfloat162float(static_cast<const __nv_bfloat16*>(weights)[column]);
   }
+  // Whether q is scaled in shared memory, by all that scores are scaled with.
+  __host__ __device__ __forceinline__ bool folds() const {
+    return normalise_q || normalise_k || q_weight != nullptr || k_weight != nullptr;
+  }
+  // What is left to multiply scores with, for units of log2.
+  float score_factor() const { return folds() ? 1.0f : scale * kLog2E; }
   // The product of both weights, which is all that the scores know of them.
   __device__ __forceinline__ float weight(int column) const {
     return weight(q_weight, column) * weight(k_weight, column);
@@ -53,6 +59,58 @@ inline int multiprocessors() {
   STDIT_CHECK(cudaGetDevice(&device));
   STDIT_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
   return count;
+}
+
+// Of the arrays that k and v are.
+inline int64_t key_sequences(const stdit_attention& call) { return call.key_starts == nullptr ? call.sequences : 1; }
+inline int64_t key_rows(const stdit_attention& call) {
+  return call.key_starts == nullptr ? call.keys : call.packed_keys;
+}
+
+// A sequence's keys: rows from `first` on of a sequence of the array.
+struct KeyRange {
+  int first, count, sequence;
+
+  static __device__ __forceinline__ KeyRange packed(const int* starts, int sequence) {
+    const int first = __ldg(starts + sequence);
+    return {first, __ldg(starts + sequence + 1) - first, 0};
+  }
+};
+
+// A unit of work of a sequence.
+struct Place {
+  int sequence, unit;
+};
+
+// Where part `part` of `parts` of all work begins, which lies in the order of sequences: each has units(sequence) units
+// that cost cost(sequence) each. All lanes of a warp ask, and get the answer.
+template <class Units, class Cost>
+__device__ __forceinline__ Place place_of(int part, int parts, int sequences, Units units, Cost cost) {
+  const int lane = threadIdx.x % 32;
+  int64_t total = 0;
+  for (int s = lane; s < sequences; s += 32) total += static_cast<int64_t>(units(s)) * cost(s);
+  for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(~0u, total, step);
+  const int64_t before = total / parts * part + total % parts * part / parts;  // floor(total * part / parts)
+  int64_t seen = 0;
+  for (int base = 0; base < sequences; base += 32) {
+    const int s = base + lane;
+    const int64_t own = s < sequences ? static_cast<int64_t>(units(s)) * cost(s) : 0;
+    int64_t sum = own;  // up to this lane's
+    for (int step = 1; step < 32; step *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, sum, step);
+      if (lane >= step) sum += other;
+    }
+    const uint32_t found = __ballot_sync(~0u, before < seen + sum);
+    if (found != 0) {
+      const int source = __ffs(found) - 1;
+      const int64_t within = before - __shfl_sync(~0u, seen + sum - own, source);
+      const int each = cost(base + source), unit = static_cast<int>((within + each - 1) / each);
+      if (unit == units(base + source)) return {base + source + 1, 0};
+      return {base + source, unit};
+    }
+    seen += __shfl_sync(~0u, sum, 31);
+  }
+  return {sequences, 0};
 }
 
 __device__ __forceinline__ char* aligned_1024(char* p) {

@@ -4,6 +4,8 @@
 //   cmake -S . -B build/cuda -DSTDIT_CHECKS=ON && cmake --build build/cuda --target attention_check
 //   compute-sanitizer --tool memcheck build/cuda/attention_check      # racecheck, synccheck likewise
 //
+// It is built with STDIT_RACECHECK (stdit/barrier.h).
+//
 // Prints a line for each shape; ends with status 1 if an error is larger than bfloat16's, or a value was not written.
 
 #include <cuda_bf16.h>
@@ -65,15 +67,17 @@ struct Reference {
 
   // part(i, row, column): q, k, v for i = 0, 1, 2, and the gradient of o for 3. The weights' gradients are added.
   template <class Part>
-  Reference(int rows, bool normalise, const std::vector<float>& w_q, const std::vector<float>& w_k, Part part,
-            std::vector<double>& d_weights)
-      : o(rows * D), lse(rows), d_q(rows * D), d_k(rows * D), d_v(rows * D) {
+  Reference(int queries, int keys, bool normalise, const std::vector<float>& w_q, const std::vector<float>& w_k,
+            Part part, std::vector<double>& d_weights)
+      : o(queries * D), lse(queries), d_q(queries * D), d_k(keys * D), d_v(keys * D) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(D));
-    std::vector<double> hat[2], factor[2];
+    const int rows[2] = {queries, keys};
+    std::vector<double> hat[2], factor[2], d_hat[2];
     for (int i = 0; i < 2; ++i) {
-      hat[i].resize(rows * D);
-      factor[i].assign(rows, 1.0);
-      for (int r = 0; r < rows; ++r) {
+      hat[i].resize(rows[i] * D);
+      d_hat[i].resize(rows[i] * D);
+      factor[i].assign(rows[i], 1.0);
+      for (int r = 0; r < rows[i]; ++r) {
         double sum = 0;
         for (int c = 0; c < D; ++c) sum += part(i, r, c) * part(i, r, c);
         if (normalise) factor[i][r] = 1.0 / std::sqrt(sum / D + kEpsilon);
@@ -81,23 +85,23 @@ struct Reference {
       }
     }
     const auto weight = [&](int i, int c) { return normalise ? (i == 0 ? w_q[c] : w_k[c]) : 1.0; };
-    std::vector<double> p(rows), d_hat[2] = {std::vector<double>(rows * D), std::vector<double>(rows * D)};
-    for (int r = 0; r < rows; ++r) {
+    std::vector<double> p(keys);
+    for (int r = 0; r < queries; ++r) {
       double high = -INFINITY, sum = 0, delta = 0;
-      for (int k = 0; k < rows; ++k) {
+      for (int k = 0; k < keys; ++k) {
         double score = 0;
         for (int c = 0; c < D; ++c) score += hat[0][r * D + c] * weight(0, c) * hat[1][k * D + c] * weight(1, c);
         p[k] = score * scale;
         high = std::max(high, p[k]);
       }
-      for (int k = 0; k < rows; ++k) sum += p[k] = std::exp(p[k] - high);
+      for (int k = 0; k < keys; ++k) sum += p[k] = std::exp(p[k] - high);
       lse[r] = high + std::log(sum);
-      for (int k = 0; k < rows; ++k) {
+      for (int k = 0; k < keys; ++k) {
         p[k] /= sum;
         for (int c = 0; c < D; ++c) o[r * D + c] += p[k] * part(2, k, c);
       }
       for (int c = 0; c < D; ++c) delta += o[r * D + c] * part(3, r, c);
-      for (int k = 0; k < rows; ++k) {
+      for (int k = 0; k < keys; ++k) {
         double d_p = 0;
         for (int c = 0; c < D; ++c) d_p += part(3, r, c) * part(2, k, c);
         const double d_s = p[k] * (d_p - delta) * scale;
@@ -109,7 +113,7 @@ struct Reference {
       }
     }
     for (int i = 0; i < 2; ++i) {
-      for (int r = 0; r < rows; ++r) {
+      for (int r = 0; r < rows[i]; ++r) {
         double dot = 0;
         for (int c = 0; c < D; ++c) {
           d_weights[i * D + c] += d_hat[i][r * D + c] * hat[i][r * D + c];
@@ -138,6 +142,22 @@ struct Error {
   }
   double relative() const { return finite ? std::sqrt(difference / std::max(value, 1e-12)) : INFINITY; }
 };
+
+// Prints the errors of o, lse, d_q, d_k, d_v, d_weights. One key: no gradient reaches q and k, and what there is of it
+// is rounding.
+bool judge(const Error (&errors)[6], bool one) {
+  bool good = true;
+  const char* const names[] = {"o", "lse", "dq", "dk", "dv", "dw"};
+  for (int i = 0; i < 6; ++i) {
+    const bool tiny = one && (i == 2 || i == 3 || i == 5);
+    const double error = tiny ? std::sqrt(errors[i].difference) : errors[i].relative();
+    std::printf(" %s %.1e", names[i], error);
+    good = good && errors[i].finite && error < kTolerance;
+  }
+  std::printf(good ? "\n" : "  TOO LARGE\n");
+  std::fflush(stdout);
+  return good;
+}
 
 bool check(const Shape& shape, unsigned seed) {
   const int N = shape.sequences, S = shape.rows, H = shape.heads;
@@ -200,7 +220,7 @@ bool check(const Shape& shape, unsigned seed) {
       };
       const auto at_o = [&](int r, int c) { return ((static_cast<size_t>(n) * S + r) * H + h) * D + c; };
       const Reference want(
-          S, shape.normalise, w_q, w_k,
+          S, S, shape.normalise, w_q, w_k,
           [&](int part, int r, int c) -> double {
             return __bfloat162float(part < 3 ? qkv[at(part, r, c)] : d_o[at_o(r, c)]);
           },
@@ -219,19 +239,97 @@ bool check(const Shape& shape, unsigned seed) {
   if (shape.normalise) {
     for (int i = 0; i < 2 * D; ++i) errors[5].add(d_weights[i], d_weights_want[i]);
   }
-  // One key: no gradient reaches q and k, and what there is of it is rounding.
-  const bool one = S == 1;
-  bool good = true;
   std::printf("%d x %d x %d%s:", N, S, H, shape.normalise ? "" : ", no norm");
-  const char* const names[] = {"o", "lse", "dq", "dk", "dv", "dw"};
-  for (int i = 0; i < 6; ++i) {
-    const bool tiny = one && (i == 2 || i == 3 || i == 5);
-    const double error = tiny ? std::sqrt(errors[i].difference) : errors[i].relative();
-    std::printf(" %s %.1e", names[i], error);
-    good = good && errors[i].finite && error < kTolerance;
+  return judge(errors, S == 1);
+}
+
+// Packed keys: `lengths` of them for each sequence.
+struct PackedShape {
+  std::vector<int> lengths;
+  int queries, heads;
+};
+
+bool check_packed(const PackedShape& shape, unsigned seed) {
+  const int B = static_cast<int>(shape.lengths.size()), N = shape.queries, H = shape.heads;
+  std::vector<int> starts{0};
+  for (const int length : shape.lengths) starts.push_back(starts.back() + length);
+  const int M = starts.back();
+  const size_t size = static_cast<size_t>(B) * N * H * D;
+  const std::vector<Bf16> q = random_values(size, seed), d_o = random_values(size, seed + 1);
+  const std::vector<Bf16> kv = random_values(static_cast<size_t>(M) * 2 * H * D, seed + 2);
+  const Bf16 nan = __float2bfloat16(NAN);
+  OnDevice<Bf16> q_there(q), do_there(d_o), kv_there(kv), o_there(std::vector<Bf16>(size, nan));
+  OnDevice<Bf16> dq_there(std::vector<Bf16>(size, nan)), dkv_there(std::vector<Bf16>(kv.size(), nan));
+  OnDevice<float> lse_there(std::vector<float>(static_cast<size_t>(B) * H * N, NAN));
+  OnDevice<int> starts_there(starts);
+
+  const auto plain = [&](Bf16* data) { return stdit_heads{data, int64_t{N} * H * D, H * D, D}; };
+  const auto text = [&](Bf16* data, int part) { return stdit_heads{data + part * H * D, 8, 2 * H * D, D}; };
+  stdit_attention call{};
+  call.q = plain(q_there.data);
+  call.k = text(kv_there.data, 0);
+  call.v = text(kv_there.data, 1);
+  call.o = plain(o_there.data);
+  call.lse = lse_there.data;
+  call.weight_dtype = STDIT_FLOAT32;
+  call.sequences = B;
+  call.queries = N;
+  call.keys = *std::max_element(shape.lengths.begin(), shape.lengths.end());
+  call.key_starts = starts_there.data;
+  call.packed_keys = M;
+  call.heads = H;
+  call.head_dim = D;
+  call.scale = 1.0f / std::sqrt(static_cast<float>(D));
+  stdit::check_attention(call);
+  stdit::attention_forward(call, nullptr);
+  OnDevice<char> scratch(std::vector<char>(stdit::attention_backward_scratch(call), -1));
+  stdit_attention_gradients gradients{};
+  gradients.d_o = plain(do_there.data);
+  gradients.d_q = plain(dq_there.data);
+  gradients.d_k = text(dkv_there.data, 0);
+  gradients.d_v = text(dkv_there.data, 1);
+  gradients.scratch = scratch.data;
+  stdit::check_attention(call, gradients);
+  stdit::attention_backward(call, gradients, nullptr);
+  STDIT_CHECK(cudaDeviceSynchronize());
+
+  const std::vector<Bf16> o = o_there.host(), dq = dq_there.host(), dkv = dkv_there.host();
+  const std::vector<float> lse = lse_there.host();
+  std::vector<double> unused(2 * D, 0.0);
+  Error errors[6];
+  for (int n = 0; n < B; ++n) {
+    for (int h = 0; h < H; ++h) {
+      const auto at = [&](int r, int c) { return ((static_cast<size_t>(n) * N + r) * H + h) * D + c; };
+      const auto at_kv = [&](int part, int r, int c) {
+        return ((static_cast<size_t>(starts[n] + r)) * 2 + part) * H * D + h * D + c;
+      };
+      const std::vector<float> none;
+      const Reference want(
+          N, shape.lengths[n], false, none, none,
+          [&](int part, int r, int c) -> double {
+            if (part == 0 || part == 3) return __bfloat162float(part == 0 ? q[at(r, c)] : d_o[at(r, c)]);
+            return __bfloat162float(kv[at_kv(part - 1, r, c)]);
+          },
+          unused);
+      for (int r = 0; r < N; ++r) {
+        errors[1].add(lse[(static_cast<size_t>(n) * H + h) * N + r], want.lse[r]);
+        for (int c = 0; c < D; ++c) {
+          errors[0].add(__bfloat162float(o[at(r, c)]), want.o[r * D + c]);
+          errors[2].add(__bfloat162float(dq[at(r, c)]), want.d_q[r * D + c]);
+        }
+      }
+      for (int r = 0; r < shape.lengths[n]; ++r) {
+        for (int c = 0; c < D; ++c) {
+          errors[3].add(__bfloat162float(dkv[at_kv(0, r, c)]), want.d_k[r * D + c]);
+          errors[4].add(__bfloat162float(dkv[at_kv(1, r, c)]), want.d_v[r * D + c]);
+        }
+      }
+    }
   }
-  std::printf(good ? "\n" : "  TOO LARGE\n");
-  return good;
+  std::printf("packed, %d to", N);
+  for (const int length : shape.lengths) std::printf(" %d", length);
+  std::printf(" x %d:", H);
+  return judge(errors, call.keys == 1);
 }
 
 }  // namespace
@@ -244,6 +342,14 @@ int main() {
   bool good = true;
   unsigned seed = 1;
   for (const Shape& shape : shapes) good = check(shape, seed++) && good;
+  const PackedShape packed[] = {{{1}, 1, 1},
+                                {{5, 1}, 7, 2},
+                                {{80, 64, 65}, 65, 2},
+                                {{129, 3, 200}, 130, 3},
+                                {{320, 1, 128}, 300, 2},
+                                {{13, 77, 160, 161, 20}, 640, 4},
+                                {std::vector<int>(40, 33), 20, 2}};
+  for (const PackedShape& shape : packed) good = check_packed(shape, seed++) && good;
   std::printf(good ? "all right\n" : "FAILED\n");
   return good ? 0 : 1;
 }

@@ -6,12 +6,25 @@ import torch
 from torch import Tensor
 
 from stdit_fast.kernels import cross_attention as kernels
-from stdit_fast.ops import library, registry
+from stdit_fast.ops import cuda_attention, library, registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
 from stdit_fast.ops.library_attention import library_attention
 
 NAME = "cross_attention"
-registry.declare(NAME, registry.triton_kernel)
+
+
+def _serving() -> tuple[str, str]:
+    implementation, reason = registry.triton_kernel()
+    if implementation == registry.REFERENCE:
+        return implementation, reason
+    ours, why_not = cuda_attention.available(torch.cuda.current_device())
+    if ours:
+        served = f"bf16 at head dimension {cuda_attention.HEAD_DIM}, texts of at most {cuda_attention.MOST_KEYS} tokens"
+        return "cuda", f"{served}; else triton"
+    return implementation, f"{reason}; not ours in CUDA: {why_not}"
+
+
+registry.declare(NAME, _serving)
 
 
 @dataclass(frozen=True)
@@ -128,7 +141,17 @@ def definition(q: Tensor, kv: Tensor, layout: TextLayout) -> Tensor:
 
 
 def _kernel(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    return kernels.forward(q, kv, starts)
+    if cuda_attention.unserved(q, max_length):
+        return kernels.forward(q, kv, starts)
+    o, lse = cuda_attention.cross_forward(q, kv, starts, max_length)
+    return o.flatten(2), lse
+
+
+def _backward_kernel(grad, q, kv, o, lse, starts, max_length) -> tuple[Tensor, Tensor]:
+    if cuda_attention.unserved(q, max_length):
+        return kernels.backward(grad, q, kv, o, lse, starts, max_length)
+    grad, o = (x.unflatten(2, q.shape[2:]) for x in (grad, o))
+    return cuda_attention.cross_backward(grad, q, kv, starts, max_length, o, lse)
 
 
 def _fake(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
@@ -141,15 +164,15 @@ def _backward_fake(grad, q, kv, o, lse, starts, max_length) -> tuple[Tensor, Ten
     return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
-# starts and max_length are those of TextLayout. The second output is the logarithm (to base 2) of each row's sum,
-# [B, H, N] float32, which backward needs.
+# starts and max_length are those of TextLayout. The second output is the logarithm of each row's sum, float32
+# [B, H, N], which backward needs; to base 2 where Triton serves, natural where CUDA does.
 _op = library.define(
     "cross_attention(Tensor q, Tensor kv, Tensor starts, SymInt max_length) -> (Tensor, Tensor)", _kernel, _fake
 )
 _backward_op = library.define(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor starts, "
     "SymInt max_length) -> (Tensor, Tensor)",
-    kernels.backward,
+    _backward_kernel,
     _backward_fake,
 )
 

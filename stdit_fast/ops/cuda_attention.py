@@ -1,4 +1,4 @@
-"""Our own attention for Hopper: what it serves, and its calls, below autograd and on packed qkv."""
+"""Our own attention for Hopper: what it serves, and its calls, below autograd: of packed qkv, and over packed text."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from stdit_fast import _cuda
 
 HEAD_DIM = 72
+MOST_KEYS = 320  # tokens of a text: they stay in shared memory
 _ALIGNMENT = 8  # elements: the copy engine takes addresses and strides in steps of 16 bytes
 
 
@@ -19,15 +20,21 @@ def available(device: int) -> tuple[bool, str]:
     return True, reason
 
 
-def unserved(qkv: Tensor) -> str:
-    """Why our kernels cannot serve a call on qkv [..., D], or an empty string."""
-    if not qkv.is_cuda:
-        return f"a tensor on {qkv.device.type}"
-    if qkv.dtype != torch.bfloat16:
-        return f"{qkv.dtype}, where torch.bfloat16 is served"
-    if qkv.shape[-1] != HEAD_DIM:
-        return f"head dimension {qkv.shape[-1]}, where {HEAD_DIM} is served"
-    there, reason = available(qkv.device.index)
+def unserved(x: Tensor, text_length: int = 0) -> str:
+    """Why our kernels cannot serve a call on qkv or q [..., D], or an empty string.
+
+    Args:
+        text_length: tokens of the longest text, of cross attention.
+    """
+    if not x.is_cuda:
+        return f"a tensor on {x.device.type}"
+    if x.dtype != torch.bfloat16:
+        return f"{x.dtype}, where torch.bfloat16 is served"
+    if x.shape[-1] != HEAD_DIM:
+        return f"head dimension {x.shape[-1]}, where {HEAD_DIM} is served"
+    if text_length > MOST_KEYS:
+        return f"a text of {text_length} tokens, where {MOST_KEYS} fit"
+    there, reason = available(x.device.index)
     return "" if there else reason
 
 
@@ -82,6 +89,82 @@ def backward(
     return d_weights
 
 
+def cross_forward(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """Attention of each of B samples' queries over its own text.
+
+    Args:
+        q: [B, N, H, D] bfloat16.
+        kv: [M, 2, H, D], keys and values of the packed text.
+        starts: [B + 1] int32, contiguous, on q's device: each text's first token, and M; each text has a token.
+        max_length: at least the longest text's length, at most MOST_KEYS.
+
+    Returns:
+        o [B, N, H, D], contiguous; lse [B, H, N] float32.
+    """
+    q, kv = _readable(q), _readable(kv)
+    batch, positions, heads, head_dim = q.shape
+    o = q.new_empty((batch, positions, heads, head_dim))
+    lse = q.new_empty((batch, heads, positions), dtype=torch.float32)
+    _cross_call(q, kv, starts, max_length, o, lse).forward(q.device.index, _stream(q))
+    return o, lse
+
+
+def cross_backward(
+    d_o: Tensor, q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q [B, N, H, D] and kv [M, 2, H, D], contiguous. Bit for bit the same on repeat."""
+    q, kv, o, d_o = _readable(q), _readable(kv), o.contiguous(), d_o.contiguous()
+    call = _cross_call(q, kv, starts, max_length, o, lse.contiguous())
+    device = q.device.index
+    # Zeros, since kv may be padded to a fixed capacity, with rows that belong to no sample.
+    d_q, d_kv = q.new_empty(q.shape), kv.new_zeros(kv.shape)
+    scratch = q.new_empty(call.backward_scratch(device), dtype=torch.uint8)
+    d_k, d_v = (_heads(part) for part in _as_one_sequence(d_kv))
+    call.backward(
+        d_o=_heads(d_o),
+        d_q=_heads(d_q),
+        d_k=d_k,
+        d_v=d_v,
+        d_weights=0,
+        scratch=scratch.data_ptr(),
+        device=device,
+        stream=_stream(q),
+    )
+    return d_q, d_kv
+
+
+def _cross_call(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor):
+    library = _cuda.library()
+    batch, positions, heads, head_dim = q.shape
+    k, v = (_heads(part) for part in _as_one_sequence(kv))
+    return library.Attention(
+        q=_heads(q),
+        k=k,
+        v=v,
+        o=_heads(o),
+        lse=lse.data_ptr(),
+        q_weight=0,
+        k_weight=0,
+        weight_dtype=library.BFLOAT16,
+        normalise_q=False,
+        normalise_k=False,
+        sequences=batch,
+        queries=positions,
+        keys=max_length,
+        heads=heads,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        epsilon=0.0,
+        key_starts=starts.data_ptr(),
+        packed_keys=kv.shape[0],
+    )
+
+
+def _as_one_sequence(kv: Tensor) -> list[Tensor]:
+    """k and v [1, M, H, D] of kv [M, 2, H, D]."""
+    return [part.unsqueeze(0) for part in kv.unbind(1)]
+
+
 def _call(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, o: Tensor, lse: Tensor):
     """The library's description of a call, and the tensors that must live until it is launched."""
     library = _cuda.library()
@@ -117,11 +200,11 @@ def _heads(x: Tensor) -> tuple[int, int, int, int]:
     return x.data_ptr(), *strides
 
 
-def _readable(qkv: Tensor) -> Tensor:
-    """qkv where it lies if the copy engine can read it there, else a copy."""
-    strides = [qkv.stride(i) for i in range(qkv.dim() - 1) if qkv.shape[i] > 1]
-    aligned = qkv.data_ptr() % 16 == 0 and all(s > 0 and s % _ALIGNMENT == 0 for s in strides)
-    return qkv if aligned and qkv.stride(-1) == 1 else qkv.contiguous()
+def _readable(x: Tensor) -> Tensor:
+    """A tensor where it lies if the copy engine can read it there, else a copy."""
+    strides = [x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1]
+    aligned = x.data_ptr() % 16 == 0 and all(s > 0 and s % _ALIGNMENT == 0 for s in strides)
+    return x if aligned and x.stride(-1) == 1 else x.contiguous()
 
 
 def _stream(x: Tensor) -> int:

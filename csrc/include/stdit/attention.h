@@ -9,6 +9,9 @@
 
 namespace stdit {
 
+// Packed keys of a sequence stay in shared memory; this is how many fit.
+constexpr int kMostPackedKeys = 320;
+
 // What both passes compute, on the current device: o = softmax(scale * norm(q) norm(k)^T) v for each sequence and head,
 // norm(x) = x / sqrt(mean(x^2) + epsilon) * weight. See stdit_attention in c_api.h.
 void attention_forward(const stdit_attention& call, cudaStream_t stream);

@@ -30,6 +30,11 @@ struct stdit_attention {
   int weight_dtype;
   int normalise_q, normalise_k;  // 0: the weights, if given, are all that is applied
   int64_t sequences, queries, keys;
+  // Packed keys: sequence i's are rows key_starts[i] to key_starts[i + 1] - 1 of k and v, which are one sequence of
+  // packed_keys rows. int32, on the device, [sequences + 1], each sequence with at least one key and at most `keys`.
+  // Null: all sequences have `keys` keys of their own. Packed keys come without norms and weights.
+  const int* key_starts;
+  int64_t packed_keys;
   int heads, head_dim;
   float scale, epsilon;
 };

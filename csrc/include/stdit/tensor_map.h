@@ -77,6 +77,15 @@ __device__ __forceinline__ void load_box(const CUtensorMap& map, Barrier& barrie
       : "memory");
 }
 
+// Starts the copy of contiguous bytes to shared memory, a multiple of 16 from a multiple of 16; they count on
+// `barrier`.
+__device__ __forceinline__ void load_bytes(const void* from, Barrier& barrier, void* to, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
+               : "memory");
+}
+
 // Starts the copy of a box from shared memory; what lies outside of the array is left out.
 __device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

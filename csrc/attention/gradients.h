@@ -1,0 +1,228 @@
+// What the backward kernels share: sums of do * o before, and what becomes of finished accumulators.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/shared.h"
+#include "stdit/attention_tiles.h"
+
+namespace stdit {
+
+constexpr int kRowThreads = 256;
+
+// rows[item, query] = (lse in units of log2, sum of do * o); items are heads of sequences.
+struct RowArguments {
+  HeadArray o, d_o;
+  const float* lse;
+  float2* rows;  // [sequences * heads, row_length]
+  int heads, queries;
+  int row_length;  // queries, or more: then the rest is zero
+  int64_t count;   // sequences * row_length * heads
+};
+
+// Few threads a row, each some pieces of 16 bytes.
+template <int D>
+struct RowThreads {
+  static constexpr int kPieces = D / 8, kLanes = kPieces % 3 == 0 ? 3 : kPieces % 4 == 0 ? 4 : 2;
+  static constexpr int kEach = kPieces / kLanes, kRows = 32 / kLanes;  // kRows: of a warp
+};
+
+template <int D>
+unsigned row_blocks(const RowArguments& a) {
+  constexpr int kEach = kRowThreads / 32 * RowThreads<D>::kRows;
+  return static_cast<unsigned>((a.count + kEach - 1) / kEach);
+}
+
+template <int D>
+__device__ __forceinline__ void write_row_sums(const RowArguments& a, int64_t block) {
+  using T = RowThreads<D>;
+  constexpr int kEach = T::kEach, kLanes = T::kLanes;
+  const int lane = threadIdx.x % 32, part = lane % kLanes;
+  const int64_t index = (block * (kRowThreads / 32) + threadIdx.x / 32) * T::kRows + lane / kLanes;
+  const bool own = lane < T::kRows * kLanes && index < a.count;
+  const int head = static_cast<int>(index % a.heads);
+  const int64_t token = index / a.heads;
+  const int query = static_cast<int>(token % a.row_length), sequence = static_cast<int>(token / a.row_length);
+  const bool there = own && query < a.queries;
+  float sum = 0.0f;
+  if (there) {
+    const auto* x = reinterpret_cast<const uint4*>(a.o.head(sequence, head) + query * a.o.row_stride) + part * kEach;
+    const auto* y =
+        reinterpret_cast<const uint4*>(a.d_o.head(sequence, head) + query * a.d_o.row_stride) + part * kEach;
+    uint4 u[kEach], w[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) u[i] = __ldg(x + i);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) w[i] = __ldg(y + i);
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const uint32_t left[4] = {u[i].x, u[i].y, u[i].z, u[i].w}, right[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        sum = fmaf(low_half(left[k]), low_half(right[k]), sum);
+        sum = fmaf(high_half(left[k]), high_half(right[k]), sum);
+      }
+    }
+  }
+  float total = sum;
+#pragma unroll
+  for (int i = 1; i < kLanes; ++i) total += __shfl_down_sync(~0u, sum, i);
+  if (own && part == 0) {
+    const int64_t item = static_cast<int64_t>(sequence) * a.heads + head;
+    const float lse = there ? a.lse[item * a.queries + query] * kLog2E : 0.0f;
+    a.rows[item * a.row_length + query] = make_float2(lse, total);
+  }
+}
+
+// Two rows of an array, of which each thread has the columns that it has of accumulators.
+struct RowPair {
+  __nv_bfloat16* row[2];
+  bool there[2];
+
+  // Rows `first` and `first` + 8 of `count`; a row beyond stands for the last one, and is not there.
+  __device__ __forceinline__ RowPair(const HeadArray& array, int sequence, int head, int first, int count) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      there[h] = first + 8 * h < count;
+      row[h] = array.head(sequence, head) + (there[h] ? first + 8 * h : count - 1) * array.row_stride;
+    }
+  }
+};
+
+// What the rows held, as pairs of neighbours.
+template <int D>
+struct RawRows {
+  uint32_t x[2][D / 8];
+
+  __device__ __forceinline__ void read(const RowPair& from) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        x[h][j] = __ldg(reinterpret_cast<const uint32_t*>(from.row[h] + 8 * j + threadIdx.x % 4 * 2));
+      }
+    }
+  }
+};
+
+// Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in
+// pieces of 32 bytes.
+template <int D>
+__device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPair& to) {
+  const int quarter = threadIdx.x % 4;
+  const bool odd = quarter % 2 != 0;
+  // Lanes 0 and 2 write the left eight columns of two eights, 1 and 3 the right.
+  const int column = (odd ? 8 : 0) + quarter / 2 * 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll
+    for (int j = 0; j + 1 < D / 8; j += 2) {
+      const uint32_t left = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+      const uint32_t right = pack(d[4 * j + 4 + 2 * h], d[4 * j + 4 + 2 * h + 1]);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+      const uint2 four = odd ? make_uint2(other, right) : make_uint2(left, other);
+      if (to.there[h]) *reinterpret_cast<uint2*>(to.row[h] + 8 * j + column) = four;
+    }
+    if constexpr (D / 8 % 2 != 0) {
+      constexpr int j = D / 8 - 1;
+      const uint32_t two = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+      if (to.there[h]) *reinterpret_cast<uint32_t*>(to.row[h] + 8 * j + 2 * quarter) = two;
+    }
+  }
+}
+
+// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step
+// a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
+template <int D>
+__device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
+  constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, k3 = (k2 + 1) / 2;
+  const int lane = threadIdx.x % 32;
+  const auto halve = [&](auto& values, int count, int kept, int step) {
+    const bool upper = (lane & step) != 0;
+#pragma unroll
+    for (int i = 0; i < kept; ++i) {
+      const float high = i + kept < count ? values[i + kept] : 0.0f;
+      const float other = __shfl_xor_sync(~0u, upper ? values[i] : high, step);
+      values[i] = (upper ? high : values[i]) + other;
+    }
+  };
+  halve(v, k0, k1, 16);
+  halve(v, k1, k2, 8);
+  halve(v, k2, k3, 4);
+  const int at2 = (lane & 4 ? k3 : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
+#pragma unroll
+  for (int i = 0; i < k3; ++i) {
+    const int k = at0 + at1 + at2 + i;
+    const bool mine = at2 + i < k2 && at1 + at2 + i < k1 && k < k0;
+    if (mine) sums[8 * (k / 2) + 2 * (lane % 4) + k % 2] += v[i];
+  }
+}
+
+// From the gradient of a normalised (and weighted) row to that of the row as it came, in place.
+//   d: a warp's accumulators [16, D]; raw: the rows as they came.
+//   weights: what the normalised row was multiplied by, times `scale` (null: 1).
+//   weight_sums: where the sums over rows of d * normalised row are added (null: nowhere).
+template <int D>
+__device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>& raw, bool normalised, float epsilon,
+                                             const float* weights, float scale, float* weight_sums) {
+  float factor[2] = {1.0f, 1.0f};
+  if (normalised) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        sum = fmaf(low_half(raw.x[h][j]), low_half(raw.x[h][j]), sum);
+        sum = fmaf(high_half(raw.x[h][j]), high_half(raw.x[h][j]), sum);
+      }
+      sum += __shfl_xor_sync(~0u, sum, 1);
+      sum += __shfl_xor_sync(~0u, sum, 2);
+      factor[h] = rsqrtf(sum * (1.0f / D) + epsilon);
+    }
+  }
+  if (weight_sums != nullptr) {
+    float sums[D / 4];
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      sums[2 * j] = d[4 * j] * (low_half(raw.x[0][j]) * factor[0]) + d[4 * j + 2] * (low_half(raw.x[1][j]) * factor[1]);
+      sums[2 * j + 1] =
+          d[4 * j + 1] * (high_half(raw.x[0][j]) * factor[0]) + d[4 * j + 3] * (high_half(raw.x[1][j]) * factor[1]);
+    }
+    add_columns<D>(sums, weight_sums);
+  }
+#pragma unroll
+  for (int j = 0; j < D / 8; ++j) {
+    float2 w{scale, scale};
+    if (weights != nullptr) {
+      w = *reinterpret_cast<const float2*>(weights + 8 * j + threadIdx.x % 4 * 2);
+      w.x *= scale;
+      w.y *= scale;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      d[4 * j + 2 * h] *= w.x;
+      d[4 * j + 2 * h + 1] *= w.y;
+    }
+  }
+  if (normalised) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float dot = 0.0f;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        dot = fmaf(d[4 * j + 2 * h], low_half(raw.x[h][j]), dot);
+        dot = fmaf(d[4 * j + 2 * h + 1], high_half(raw.x[h][j]), dot);
+      }
+      dot += __shfl_xor_sync(~0u, dot, 1);
+      dot += __shfl_xor_sync(~0u, dot, 2);
+      const float share = dot * factor[h] * factor[h] * (1.0f / D);
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        d[4 * j + 2 * h] = factor[h] * (d[4 * j + 2 * h] - share * low_half(raw.x[h][j]));
+        d[4 * j + 2 * h + 1] = factor[h] * (d[4 * j + 2 * h + 1] - share * high_half(raw.x[h][j]));
+      }
+    }
+  }
+}
+
+}  // namespace stdit

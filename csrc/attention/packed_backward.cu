@@ -1,0 +1,708 @@
+// Attention's backward pass over packed keys (cross attention over text): gradients of q, k and v, repeating bit for
+// bit. A video's queries are many and a caption's keys are few, so that neither gradient needs the other's products
+// kept: two kernels, each with seven eighths of its operands in shared memory already.
+//
+// attention_packed_dq_kernel: a block takes units of 128 queries of one head after each other, 64 a consumer warpgroup,
+// and keeps the head's keys and values in shared memory meanwhile, in tiles of 80.
+//   s = q k^T, dp = do v^T          both operands in shared memory
+//   ds = 2^(s - lse) (dp - delta)   in registers
+//   dq += ds k                      ds from registers
+// The next tile's products are asked for before ds k of this one. dq leaves through the shared memory that held q.
+//
+// attention_packed_dkv_kernel: a block keeps 128 keys of a head, 64 a consumer, and walks over tiles of 64 queries,
+// three of which are on their way; their lse and delta come with them.
+//   s^T = k q^T, dp^T = v do^T      both operands in shared memory
+//   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
+// All tiles of all blocks of keys, in a row, are cut into as many equal parts as there are multiprocessors. Where a cut
+// falls into a block of keys, its parts' sums are kept in float32 and added by attention_packed_sum_kernel, in order.
+//
+// One thread has the copy engine bring all tiles. Before, attention_packed_rows_kernel makes delta = rowsum(do * o) and
+// the cuts, from the lengths, which only the device knows.
+
+#include <algorithm>
+
+#include "attention/gradients.h"
+#include "attention/packed_backward.h"
+#include "attention/shared.h"
+#include "stdit/attention_tiles.h"
+
+namespace stdit {
+namespace {
+
+__host__ __device__ constexpr int ceil_div(int n, int d) { return (n + d - 1) / d; }
+
+// ------------------------------------------------------------ dq
+
+template <int D_>
+struct QueryGradient {
+  static constexpr int D = D_, kConsumers = 2, kKeys = 80, kStages = 4, kQueryStages = 2;
+  static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kFeederRegisters = 40;
+  static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
+  using QueryTile = Tile<D, 64>;
+  using KeyTile = Tile<D, kKeys>;
+  static_assert(kKeys * kStages >= kMostPackedKeys, "a head's keys stay");
+
+  struct Shared {
+    alignas(1024) char q[kQueryStages][kConsumers][QueryTile::kBytes];
+    alignas(1024) char d_o[kQueryStages][kConsumers][QueryTile::kBytes];
+    alignas(1024) char k[kStages][KeyTile::kBytes];
+    alignas(1024) char v[kStages][KeyTile::kBytes];
+    int range[2];  // the block's first unit, and the next block's
+    Barrier q_full[kQueryStages], q_empty[kQueryStages], kv_full[kStages], kv_empty[kStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+};
+
+struct QueryArguments {
+  TileMaps q, d_o, k, v, d_q;
+  const int* key_starts;
+  const float2* rows;  // [sequences * heads, row_length]: lse in units of log2, delta
+  float score_factor, scale;
+  int sequences, heads, queries, query_blocks, row_length;
+};
+
+// A block's units: 128 queries of a head, one after another.
+template <class G>
+struct QueryUnit {
+  int at, begin, end, item, first_query, head, sequence;
+
+  __device__ __forceinline__ QueryUnit(const QueryArguments& a, const typename G::Shared& s)
+      : at(s.range[0]), begin(s.range[0]), end(s.range[1]) {
+    find(a);
+  }
+  __device__ __forceinline__ bool valid() const { return at < end; }
+  __device__ __forceinline__ void next(const QueryArguments& a) {
+    ++at;
+    find(a);
+  }
+  __device__ __forceinline__ void find(const QueryArguments& a) {
+    item = at / a.query_blocks;
+    first_query = (at - item * a.query_blocks) * G::kQueries;
+    sequence = item / a.heads;
+    head = item - sequence * a.heads;
+  }
+  // Whether keys and values must be brought for this unit, and whether no unit after it needs them.
+  __device__ __forceinline__ bool brings_keys() const { return at == begin || first_query == 0; }
+  __device__ __forceinline__ bool leaves_keys(const QueryArguments& a) const {
+    return at + 1 == end || (at + 1) % a.query_blocks == 0;
+  }
+  // Consumers that have queries of it.
+  __device__ __forceinline__ int tiles(const QueryArguments& a) const {
+    return min(G::kConsumers, (a.queries - first_query + 63) / 64);
+  }
+};
+
+template <class G>
+__device__ __forceinline__ void produce(const QueryArguments& a, typename G::Shared& s) {
+  constexpr int D = G::D;
+  RingPlace<G::kQueryStages> q;
+  RingPlace<G::kStages> kv;
+  for (QueryUnit<G> u(a, s); u.valid(); u.next(a)) {
+    s.q_empty[q.stage].wait(q.parity ^ 1);
+    const int tiles = u.tiles(a);
+    Barrier& full = s.q_full[q.stage];
+    full.arrive_and_expect(2 * tiles * G::QueryTile::kLoadBytes);
+    for (int w = 0; w < tiles; ++w) {
+      load_tile<D, 64>(a.q, full, s.q[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
+      load_tile<D, 64>(a.d_o, full, s.d_o[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
+    }
+    q.next();
+    if (!u.brings_keys()) continue;
+    const KeyRange keys = KeyRange::packed(a.key_starts, u.sequence);
+    for (int key = 0; key < keys.count; key += G::kKeys) {
+      s.kv_empty[kv.stage].wait(kv.parity ^ 1);
+      s.kv_full[kv.stage].arrive_and_expect(2 * G::KeyTile::kLoadBytes);
+      load_tile<D, G::kKeys>(a.k, s.kv_full[kv.stage], s.k[kv.stage], keys.first + key, u.head, keys.sequence);
+      load_tile<D, G::kKeys>(a.v, s.kv_full[kv.stage], s.v[kv.stage], keys.first + key, u.head, keys.sequence);
+      kv.next();
+    }
+  }
+}
+
+template <class G>
+__device__ __forceinline__ void consume(const QueryArguments& a, typename G::Shared& s, int consumer) {
+  constexpr int D = G::D, kKeys = G::kKeys;
+  using QueryTile = typename G::QueryTile;
+  using KeyTile = typename G::KeyTile;
+  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  RingPlace<G::kQueryStages> q;
+  RingPlace<G::kStages> first;  // of the unit's keys
+  for (QueryUnit<G> u(a, s); u.valid(); u.next(a)) {
+    const int keys = KeyRange::packed(a.key_starts, u.sequence).count, tiles = ceil_div(keys, kKeys);
+    const bool leaves = u.leaves_keys(a);
+    RingPlace<G::kStages> kv = first;
+    const int query0 = u.first_query + 64 * consumer;
+    if (query0 >= a.queries) {  // nothing to do but to let the others' tiles pass
+      for (int tile = 0; tile < tiles; ++tile) {
+        s.kv_full[kv.stage].wait(kv.parity);
+        if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
+        kv.next();
+      }
+      if (thread == 0) s.q_empty[q.stage].arrive();
+      q.next();
+      if (leaves) first = kv;
+      continue;
+    }
+    const float2* own = a.rows + static_cast<int64_t>(u.item) * a.row_length + query0 + 16 * warp + lane / 4;
+    const float2 rows[2] = {__ldg(own), __ldg(own + 8)};
+    char* q_tile = s.q[q.stage][consumer];
+    float p[kKeys / 2], dp[kKeys / 2], d_q[D / 2];
+    uint32_t ds16[kKeys / 4];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) d_q[i] = 0.0f;
+
+    const auto q_operand = ColumnsOperand::of<QueryTile>(q_tile);
+    const auto do_operand = ColumnsOperand::of<QueryTile>(s.d_o[q.stage][consumer]);
+    const auto ask_scores = [&](const RingPlace<G::kStages>& place) {
+      s.kv_full[place.stage].wait(place.parity);
+      wgmma_fence();
+      multiply_columns<kKeys, QueryTile, KeyTile>(p, q_operand, ColumnsOperand::of<KeyTile>(s.k[place.stage]));
+      multiply_columns<kKeys, QueryTile, KeyTile>(dp, do_operand, ColumnsOperand::of<KeyTile>(s.v[place.stage]));
+      wgmma_commit();
+    };
+    const auto ask_gradient = [&](const RingPlace<G::kStages>& place) {
+      const auto k_operand = RowsOperand::of<KeyTile>(s.k[place.stage]);
+      hold(ds16);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i) {
+        multiply_rows<KeyTile, kMajorK>(d_q, ds16 + 4 * i, k_operand, 16 * i);
+      }
+      wgmma_commit();
+    };
+    // dp becomes ds.
+    const auto differentiate = [&](int tile) {
+      hold(p);
+      hold(dp);
+#pragma unroll
+      for (int i = 0; i < kKeys / 2; ++i) {
+        const float2 row = rows[i / 2 % 2];
+        dp[i] = exp2_approx(fmaf(p[i], a.score_factor, -row.x)) * (dp[i] - row.y);
+      }
+      if (tile == tiles - 1) {  // keys that are not there
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+          if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) dp[i] = 0.0f;
+        }
+      }
+    };
+    const auto pack_gradient = [&] {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
+    };
+
+    s.q_full[q.stage].wait(q.parity);
+    ask_scores(kv);
+    wgmma_wait<0>();
+    differentiate(0);
+    pack_gradient();
+    for (int tile = 1; tile < tiles; ++tile) {
+      const RingPlace<G::kStages> before = kv;
+      kv.next();
+      ask_scores(kv);
+      ask_gradient(before);
+      wgmma_wait<1>();
+      differentiate(tile);
+      wgmma_wait<0>();
+      hold(d_q);
+      if (thread == 0 && leaves) s.kv_empty[before.stage].arrive();
+      pack_gradient();
+    }
+    ask_gradient(kv);
+    wgmma_wait<0>();
+    hold(d_q);
+    if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
+    kv.next();
+    if (leaves) first = kv;
+
+    sync_threads(1 + consumer, 128);  // all warps have read their q
+    store_accumulators<D, 64>(q_tile, 16 * warp, d_q, a.scale, a.scale);
+    fence_async_shared();
+    sync_threads(1 + consumer, 128);
+    if (thread == 0) {
+      store_tile<D, 64>(a.d_q, q_tile, query0, u.head, u.sequence);
+      commit_stores();
+      wait_stores_read<0>();
+      s.q_empty[q.stage].arrive();
+    }
+    q.next();
+  }
+}
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dq_kernel(const __grid_constant__ QueryArguments a) {
+  extern __shared__ char dynamic[];
+  auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < G::kQueryStages; ++i) {
+      s.q_full[i].init(1);
+      s.q_empty[i].init(G::kConsumers);
+    }
+    for (int i = 0; i < G::kStages; ++i) {
+      s.kv_full[i].init(1);
+      s.kv_empty[i].init(G::kConsumers);
+    }
+    fence_barrier_init();
+  }
+  if (threadIdx.x < 64) {  // a unit costs what its keys' tiles cost, and as much as one for its queries
+    const int units = a.heads * a.query_blocks;
+    const Place place = place_of(
+        blockIdx.x + threadIdx.x / 32, gridDim.x, a.sequences, [&](int) { return units; },
+        [&](int sequence) { return ceil_div(KeyRange::packed(a.key_starts, sequence).count, G::kKeys) + 1; });
+    if (threadIdx.x % 32 == 0) s.range[threadIdx.x / 32] = place.sequence * units + place.unit;
+  }
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
+  if (group == 0) {
+    leave_registers<G::kFeederRegisters>();
+    if (threadIdx.x == 0) produce<G>(a, s);
+  } else {
+    take_registers<G::kConsumerRegisters>();
+    consume<G>(a, s, group - 1);
+  }
+}
+
+// ------------------------------------------------------------ dk and dv
+
+template <int D_>
+struct KeyGradient {
+  static constexpr int D = D_, kConsumers = 2, kQueries = 64, kStages = 3;
+  static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kFeederRegisters = 40;
+  static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
+  using KeyTile = Tile<D, 64>;  // of one consumer
+  using QueryTile = Tile<D, kQueries>;
+  static constexpr int kPartialFloats = 128 * D / 2;  // of a consumer's dk or dv
+
+  struct Shared {
+    alignas(1024) char k[2][kConsumers][KeyTile::kBytes];
+    alignas(1024) char v[2][kConsumers][KeyTile::kBytes];
+    alignas(1024) char q[kStages][QueryTile::kBytes];
+    alignas(1024) char d_o[kStages][QueryTile::kBytes];
+    alignas(128) float2 rows[kStages][kQueries];  // lse in units of log2, delta
+    Barrier kv_full[2], kv_empty[2], q_full[kStages], q_empty[kStages];
+  };
+  static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+};
+
+struct KeyArguments {
+  TileMaps q, d_o, k, v;
+  HeadArray d_k, d_v;
+  const int* key_starts;
+  const float2* rows;   // [sequences * heads, row_length]
+  const Place* begins;  // [blocks + 1]: where blocks begin; a unit is a tile of queries of a block of keys of a head
+  float4* partials;     // [2 * blocks, 2, consumers, D / 8, 128]
+  float score_factor, scale;
+  int sequences, heads, queries, query_tiles, row_length;
+};
+
+__device__ __forceinline__ int key_blocks(const KeyRange& keys, int size) { return ceil_div(keys.count, size); }
+
+// A block of keys of a head.
+struct Panel {
+  int sequence, head, key_block;
+  KeyRange keys;
+
+  // The panel of a place in the work.
+  template <class G>
+  static __device__ __forceinline__ Panel of(const KeyArguments& a, const Place& place) {
+    Panel p;
+    p.sequence = place.sequence;
+    p.keys = KeyRange::packed(a.key_starts, place.sequence);
+    const int panel = place.unit / a.query_tiles, blocks = key_blocks(p.keys, G::kKeys);
+    p.head = panel / blocks;
+    p.key_block = panel - p.head * blocks;
+    return p;
+  }
+  // How many of its keys a consumer has.
+  template <class G>
+  __device__ __forceinline__ int inside(int consumer) const {
+    return min(64, keys.count - key_block * G::kKeys - 64 * consumer);
+  }
+  // Rows of the packed arrays: the consumer's first, and the end of the sequence's.
+  template <class G>
+  __device__ __forceinline__ int first_row(int consumer) const {
+    return keys.first + key_block * G::kKeys + 64 * consumer;
+  }
+  __device__ __forceinline__ int end_row() const { return keys.first + keys.count; }
+};
+
+// A block's segments: tiles of queries that it has of one panel after another.
+template <class G>
+struct SegmentCursor {
+  Place at, end;
+
+  __device__ __forceinline__ explicit SegmentCursor(const KeyArguments& a)
+      : at(a.begins[blockIdx.x]), end(a.begins[blockIdx.x + 1]) {}
+  __device__ __forceinline__ bool valid() const {
+    return at.sequence < end.sequence || (at.sequence == end.sequence && at.unit < end.unit);
+  }
+  __device__ __forceinline__ int first_tile(const KeyArguments& a) const { return at.unit % a.query_tiles; }
+  __device__ __forceinline__ int end_tile(const KeyArguments& a) const {
+    const bool ends_here = at.sequence == end.sequence && at.unit / a.query_tiles == end.unit / a.query_tiles;
+    return ends_here ? end.unit % a.query_tiles : a.query_tiles;
+  }
+  __device__ __forceinline__ void next(const KeyArguments& a, const Panel& panel) {
+    at.unit = (at.unit / a.query_tiles + 1) * a.query_tiles;
+    if (at.unit == a.heads * key_blocks(panel.keys, G::kKeys) * a.query_tiles) at = {at.sequence + 1, 0};
+  }
+};
+
+template <class G>
+__device__ __forceinline__ void produce(const KeyArguments& a, typename G::Shared& s) {
+  constexpr int D = G::D, kQueries = G::kQueries;
+  RingPlace<2> kv;
+  RingPlace<G::kStages> q;
+  Panel p;
+  for (SegmentCursor<G> at(a); at.valid(); at.next(a, p)) {
+    p = Panel::of<G>(a, at.at);
+    const int consumers = p.inside<G>(1) > 0 ? 2 : 1;
+    s.kv_empty[kv.stage].wait(kv.parity ^ 1);
+    s.kv_full[kv.stage].arrive_and_expect(2 * consumers * G::KeyTile::kLoadBytes);
+    for (int w = 0; w < consumers; ++w) {
+      const int row = p.first_row<G>(w);
+      load_tile<D, 64>(a.k, s.kv_full[kv.stage], s.k[kv.stage][w], row, p.head, p.keys.sequence);
+      load_tile<D, 64>(a.v, s.kv_full[kv.stage], s.v[kv.stage][w], row, p.head, p.keys.sequence);
+    }
+    kv.next();
+    const int item = p.sequence * a.heads + p.head;
+    for (int tile = at.first_tile(a), end = at.end_tile(a); tile < end; ++tile) {
+      const int query = tile * kQueries;
+      Barrier& full = s.q_full[q.stage];
+      s.q_empty[q.stage].wait(q.parity ^ 1);
+      full.arrive_and_expect(2 * G::QueryTile::kLoadBytes + sizeof(s.rows[0]));
+      load_tile<D, kQueries>(a.q, full, s.q[q.stage], query, p.head, p.sequence);
+      load_tile<D, kQueries>(a.d_o, full, s.d_o[q.stage], query, p.head, p.sequence);
+      load_bytes(a.rows + static_cast<int64_t>(item) * a.row_length + query, full, s.rows[q.stage], sizeof(s.rows[0]));
+      q.next();
+    }
+  }
+}
+
+// Where a segment's sums lie until they are added: a block has at most two that are not a whole panel, the one that it
+// goes on with at its beginning (which = 0) and the one that it does not finish (1).
+template <class G>
+__device__ __forceinline__ float4* partial_of(const KeyArguments& a, int block, int which, int gradient, int consumer) {
+  const int64_t index = ((2 * static_cast<int64_t>(block) + which) * 2 + gradient) * G::kConsumers + consumer;
+  return a.partials + index * (G::kPartialFloats / 4) + threadIdx.x % 128;
+}
+
+template <int D>
+__device__ __forceinline__ void keep(float4* partial, const float (&d)[D / 2]) {
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) {
+    __stcg(partial + 128 * i, make_float4(d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]));
+  }
+}
+
+// Writes a consumer's finished sums.
+template <class G>
+__device__ __forceinline__ void write_gradients(const KeyArguments& a, const Panel& p, int consumer,
+                                                float (&d_k)[G::D / 2], const float (&d_v)[G::D / 2]) {
+  const int row = p.first_row<G>(consumer) + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+  for (int i = 0; i < G::D / 2; ++i) d_k[i] *= a.scale;
+  write_rows<G::D>(d_k, RowPair(a.d_k, 0, p.head, row, p.end_row()));
+  write_rows<G::D>(d_v, RowPair(a.d_v, 0, p.head, row, p.end_row()));
+}
+
+template <class G>
+__device__ __forceinline__ void consume(const KeyArguments& a, typename G::Shared& s, int consumer) {
+  constexpr int D = G::D, kQueries = G::kQueries;
+  using KeyTile = typename G::KeyTile;
+  using QueryTile = typename G::QueryTile;
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  RingPlace<2> kv;
+  RingPlace<G::kStages> q;
+  Panel panel;
+  // Every warp, when its lanes have read their rows.
+  const auto leave_queries = [&](int stage) { arrive_warp(s.q_empty[stage]); };
+  for (SegmentCursor<G> at(a); at.valid(); at.next(a, panel)) {
+    panel = Panel::of<G>(a, at.at);
+    const int first_tile = at.first_tile(a), tiles = at.end_tile(a) - first_tile;
+    s.kv_full[kv.stage].wait(kv.parity);
+    if (panel.inside<G>(consumer) <= 0) {  // nothing to do but to let the other's tiles pass
+      for (int tile = 0; tile < tiles; ++tile) {
+        s.q_full[q.stage].wait(q.parity);
+        leave_queries(q.stage);
+        q.next();
+      }
+      if (thread == 0) s.kv_empty[kv.stage].arrive();
+      kv.next();
+      continue;
+    }
+    float d_k[D / 2], d_v[D / 2], p[kQueries / 2], dp[kQueries / 2];
+    uint32_t p16[kQueries / 4], ds16[kQueries / 4];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) d_k[i] = d_v[i] = 0.0f;
+    const auto k_operand = ColumnsOperand::of<KeyTile>(s.k[kv.stage][consumer]);
+    const auto v_operand = ColumnsOperand::of<KeyTile>(s.v[kv.stage][consumer]);
+    const auto ask_scores = [&](const RingPlace<G::kStages>& place) {
+      s.q_full[place.stage].wait(place.parity);
+      wgmma_fence();
+      multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand, ColumnsOperand::of<QueryTile>(s.q[place.stage]));
+      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand, ColumnsOperand::of<QueryTile>(s.d_o[place.stage]));
+      wgmma_commit();
+    };
+    const auto ask_gradients = [&](int stage) {
+      const auto do_operand = RowsOperand::of<QueryTile>(s.d_o[stage]);
+      const auto q_operand = RowsOperand::of<QueryTile>(s.q[stage]);
+      hold(p16);
+      hold(ds16);
+      wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kQueries / 16; ++i) {
+        multiply_rows<QueryTile, kMajorK>(d_v, p16 + 4 * i, do_operand, 16 * i);
+      }
+#pragma unroll
+      for (int i = 0; i < kQueries / 16; ++i) {
+        multiply_rows<QueryTile, kMajorK>(d_k, ds16 + 4 * i, q_operand, 16 * i);
+      }
+      wgmma_commit();
+    };
+    // Scores become p, and dp becomes ds. Keys that are not there only reach rows of dk and dv that are not either;
+    // queries that are not there have zeroes for q, do, lse and delta.
+    const auto differentiate = [&](int stage) {
+      hold(p);
+      hold(dp);
+      const float4* rows = reinterpret_cast<const float4*>(s.rows[stage]) + lane % 4;  // two queries each
+#pragma unroll
+      for (int i = 0; i < kQueries / 2; i += 2) {
+        const float4 row = rows[i / 4 * 4];
+        p[i] = exp2_approx(fmaf(p[i], a.score_factor, -row.x));
+        p[i + 1] = exp2_approx(fmaf(p[i + 1], a.score_factor, -row.z));
+        dp[i] = p[i] * (dp[i] - row.y);
+        dp[i + 1] = p[i + 1] * (dp[i + 1] - row.w);
+      }
+    };
+    const auto pack_both = [&] {
+#pragma unroll
+      for (int i = 0; i < kQueries / 4; ++i) {
+        p16[i] = pack(p[2 * i], p[2 * i + 1]);
+        ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
+      }
+    };
+
+    ask_scores(q);
+    wgmma_wait<0>();
+    differentiate(q.stage);
+    pack_both();
+    for (int tile = 1; tile < tiles; ++tile) {
+      const int before = q.stage;
+      q.next();
+      ask_scores(q);
+      ask_gradients(before);
+      wgmma_wait<1>();
+      differentiate(q.stage);
+      wgmma_wait<0>();
+      hold(d_v);
+      hold(d_k);
+      leave_queries(before);
+      pack_both();
+    }
+    ask_gradients(q.stage);
+    wgmma_wait<0>();
+    hold(d_v);
+    hold(d_k);
+    leave_queries(q.stage);
+    q.next();
+    if (thread == 0) s.kv_empty[kv.stage].arrive();
+    kv.next();
+
+    if (tiles == a.query_tiles) {
+      write_gradients<G>(a, panel, consumer, d_k, d_v);
+    } else {
+      const int which = first_tile == 0 ? 1 : 0;
+      keep<D>(partial_of<G>(a, blockIdx.x, which, 0, consumer), d_k);
+      keep<D>(partial_of<G>(a, blockIdx.x, which, 1, consumer), d_v);
+    }
+  }
+}
+
+template <class G>
+__global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dkv_kernel(const __grid_constant__ KeyArguments a) {
+  extern __shared__ char dynamic[];
+  auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      s.kv_full[i].init(1);
+      s.kv_empty[i].init(G::kConsumers);
+    }
+    for (int i = 0; i < G::kStages; ++i) {
+      s.q_full[i].init(1);
+      s.q_empty[i].init(4 * G::kConsumers * kWarpArrivals);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
+  if (group == 0) {
+    leave_registers<G::kFeederRegisters>();
+    if (threadIdx.x == 0) produce<G>(a, s);
+  } else {
+    take_registers<G::kConsumerRegisters>();
+    consume<G>(a, s, group - 1);
+  }
+}
+
+// Block b adds the segments of the panel that the cut before part b + 1 falls into, if it is the panel's first cut;
+// blockIdx.y is the consumer whose keys it adds.
+template <class G>
+__global__ void __launch_bounds__(128) attention_packed_sum_kernel(const __grid_constant__ KeyArguments a, int blocks) {
+  constexpr int D = G::D;
+  const int cut = blockIdx.x + 1, consumer = blockIdx.y;
+  const Place at = a.begins[cut], before = a.begins[cut - 1];
+  if (at.sequence >= a.sequences || at.unit % a.query_tiles == 0) return;
+  const auto in_panel = [&](const Place& place) {
+    return place.sequence == at.sequence && place.unit / a.query_tiles == at.unit / a.query_tiles;
+  };
+  if (in_panel(before) && before.unit % a.query_tiles != 0) return;
+  const Panel panel = Panel::of<G>(a, at);
+  if (panel.inside<G>(consumer) <= 0) return;
+  float d_k[D / 2] = {}, d_v[D / 2] = {};
+  const auto add = [](float (&d)[D / 2], const float4* partial) {
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      const float4 four = __ldcg(partial + 128 * i);
+      d[4 * i] += four.x;
+      d[4 * i + 1] += four.y;
+      d[4 * i + 2] += four.z;
+      d[4 * i + 3] += four.w;
+    }
+  };
+  for (int block = cut - 1; block < blocks; ++block) {
+    const Place from = a.begins[block], to = a.begins[block + 1];
+    if (block >= cut && !in_panel(from)) break;
+    if (from.sequence == to.sequence && from.unit == to.unit) continue;  // a part of nothing
+    const int which = block < cut ? 1 : 0;
+    add(d_k, partial_of<G>(a, block, which, 0, consumer));
+    add(d_v, partial_of<G>(a, block, which, 1, consumer));
+  }
+  write_gradients<G>(a, panel, consumer, d_k, d_v);
+}
+
+// ------------------------------------------------------------ what comes before
+
+// The first blocks make sums of rows; each warp of the others one of begins[parts + 1].
+template <class G>
+__global__ void __launch_bounds__(kRowThreads)
+    attention_packed_rows_kernel(RowArguments rows, unsigned row_blocks, KeyArguments a, Place* begins, int parts) {
+  if (blockIdx.x < row_blocks) {
+    write_row_sums<G::D>(rows, blockIdx.x);
+    return;
+  }
+  const int part = (blockIdx.x - row_blocks) * (kRowThreads / 32) + threadIdx.x / 32;
+  if (part > parts) return;
+  const Place place = place_of(
+      part, parts, a.sequences,
+      [&](int sequence) {
+        return a.heads * key_blocks(KeyRange::packed(a.key_starts, sequence), G::kKeys) * a.query_tiles;
+      },
+      [](int) { return 1; });
+  if (threadIdx.x % 32 == 0) begins[part] = place;
+}
+
+// ------------------------------------------------------------ the host's part
+
+using Queries = QueryGradient<72>;
+using Keys = KeyGradient<72>;
+
+// Where the parts of the scratch memory begin.
+struct Plan {
+  int query_tiles, row_length, blocks;
+  int64_t begins_at, partials_at, bytes;
+
+  explicit Plan(const stdit_attention& call) {
+    query_tiles = ceil_div(static_cast<int>(call.queries), Keys::kQueries);
+    row_length = query_tiles * Keys::kQueries;  // so that a tile's rows can be copied whole
+    blocks = multiprocessors();
+    begins_at = call.sequences * call.heads * row_length * static_cast<int64_t>(sizeof(float2));
+    partials_at = begins_at + (static_cast<int64_t>(sizeof(Place)) * (blocks + 1) + 255) / 256 * 256;
+    bytes = partials_at + int64_t{2} * blocks * 2 * Keys::kConsumers * Keys::kPartialFloats * 4;
+  }
+};
+
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+}  // namespace
+
+int64_t packed_backward_scratch(const stdit_attention& call) { return Plan(call).bytes; }
+
+void packed_backward(const stdit_attention& call, const stdit_attention_gradients& g, cudaStream_t stream) {
+  constexpr int D = Queries::D;
+  const Plan plan(call);
+  char* scratch = static_cast<char*>(g.scratch);
+  auto* rows = reinterpret_cast<float2*>(scratch);
+  auto* begins = reinterpret_cast<Place*>(scratch + plan.begins_at);
+  const auto query_maps = [&](const stdit_heads& array) {
+    return make_tile_maps<D>(array_of(array), call.sequences, call.queries, call.heads, 64);
+  };
+  const auto key_maps = [&](const stdit_heads& array, int box_rows) {
+    return make_tile_maps<D>(array_of(array), 1, call.packed_keys, call.heads, box_rows);
+  };
+  const int sequences = static_cast<int>(call.sequences), queries = static_cast<int>(call.queries);
+  const float score_factor = norm_of(call).score_factor();
+
+  KeyArguments k{};
+  k.q = query_maps(call.q);
+  k.d_o = query_maps(g.d_o);
+  k.k = key_maps(call.k, 64);
+  k.v = key_maps(call.v, 64);
+  k.d_k = array_of(g.d_k);
+  k.d_v = array_of(g.d_v);
+  k.key_starts = call.key_starts;
+  k.rows = rows;
+  k.begins = begins;
+  k.partials = reinterpret_cast<float4*>(scratch + plan.partials_at);
+  k.score_factor = score_factor;
+  k.scale = call.scale;
+  k.sequences = sequences;
+  k.heads = call.heads;
+  k.queries = queries;
+  k.query_tiles = plan.query_tiles;
+  k.row_length = plan.row_length;
+
+  QueryArguments q{};
+  q.q = k.q;
+  q.d_o = k.d_o;
+  q.k = key_maps(call.k, Queries::kKeys);
+  q.v = key_maps(call.v, Queries::kKeys);
+  q.d_q = query_maps(g.d_q);
+  q.key_starts = call.key_starts;
+  q.rows = rows;
+  q.score_factor = score_factor;
+  q.scale = call.scale;
+  q.sequences = sequences;
+  q.heads = call.heads;
+  q.queries = queries;
+  q.query_blocks = ceil_div(queries, Queries::kQueries);
+  q.row_length = plan.row_length;
+
+  const RowArguments row_sums{
+      array_of(call.o), array_of(g.d_o), call.lse,        rows,
+      call.heads,       queries,         plan.row_length, call.sequences * call.heads * plan.row_length};
+  const unsigned first = row_blocks<D>(row_sums);
+  const unsigned rest = ceil_div(plan.blocks + 1, kRowThreads / 32);
+  attention_packed_rows_kernel<Keys><<<first + rest, kRowThreads, 0, stream>>>(row_sums, first, k, begins, plan.blocks);
+  check_launch("attention_packed_rows_kernel");
+
+  allow_shared(attention_packed_dq_kernel<Queries>, Queries::kSharedBytes);
+  const int64_t units = call.sequences * call.heads * q.query_blocks;
+  const int query_grid = static_cast<int>(std::min<int64_t>(units, plan.blocks));
+  attention_packed_dq_kernel<Queries><<<query_grid, Queries::kThreads, Queries::kSharedBytes, stream>>>(q);
+  check_launch("attention_packed_dq_kernel");
+
+  allow_shared(attention_packed_dkv_kernel<Keys>, Keys::kSharedBytes);
+  attention_packed_dkv_kernel<Keys><<<plan.blocks, Keys::kThreads, Keys::kSharedBytes, stream>>>(k);
+  check_launch("attention_packed_dkv_kernel");
+  if (plan.blocks > 1) {
+    attention_packed_sum_kernel<Keys><<<dim3(plan.blocks - 1, Keys::kConsumers), 128, 0, stream>>>(k, plan.blocks);
+    check_launch("attention_packed_sum_kernel");
+  }
+}
+
+}  // namespace stdit

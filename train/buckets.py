@@ -196,6 +196,28 @@ class Buckets:
             out[part] = self._assign_chunk(rows, num_frames[part], height[part], width[part], frame_interval, rng)
         return out
 
+    def possible(
+        self, num_frames: np.ndarray, height: np.ndarray, width: np.ndarray, frame_interval: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Every bucket that each sample takes with a probability above 0, whatever is drawn.
+
+        Args:
+            num_frames, height, width, frame_interval: as for `assign`.
+
+        Returns:
+            Rows and buckets, int64 [pairs], ascending by row, then by bucket.
+        """
+        found = np.full((len(num_frames), len(self._levels) + 1), -1, dtype=np.int32)
+        for depth in range(len(self._levels)):
+
+            def refuse_before(rows: np.ndarray, level: int, depth: int = depth) -> np.ndarray:
+                return np.full(len(rows), 0.0 if level >= depth else 1.0)
+
+            found[:, depth + 1] = self.assign(num_frames, height, width, frame_interval, refuse_before)
+        # The deeper the start, the smaller the resolution: what comes again stands beside itself.
+        rows, depths = np.nonzero((found[:, 1:] >= 0) & (found[:, 1:] != found[:, :-1]))
+        return rows, found[rows, depths + 1].astype(np.int64)
+
     def _assign_chunk(self, rows, num_frames, height, width, frame_interval, rng) -> np.ndarray:
         out = np.full(len(rows), -1, dtype=np.int32)
         num_frames, pixels, left = _searchable(num_frames, height, width)

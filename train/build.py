@@ -17,6 +17,7 @@ from stdit_fast.parallel.processes import Processes
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.config import TrainConfig, make_buckets, model_config
 from stdit_fast.train.dataset import VideoTextDataset, make_loader
+from stdit_fast.train.features import Features, StoredTexts
 from stdit_fast.train.metadata import Metadata, load_metadata
 from stdit_fast.train.sampler import BucketSampler
 
@@ -52,15 +53,25 @@ def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data
         data_path: another table than the training one.
 
     Raises:
-        ConfigError: nothing there, or nothing that fits the buckets, the batch sizes or the number of processes.
+        ConfigError: nothing there, or nothing that fits the buckets, the batch sizes or the number of processes, or
+            features that do not fit.
     """
     table = data_path or config.dataset.data_path
+    key, folder = "features.path", config.features.path
+    if data_path is not None:
+        key, folder = "features.validation_path", config.features.validation_path
+    features = None if folder is None else Features(folder, key)
     if not processes.is_main:
         processes.barrier()  # the main process probes what is missing; the others find its cache
-    metadata = load_metadata(table, cache_dir=config.dataset.cache_dir, progress=processes.is_main)
+    known = None if features is None else features.samples
+    metadata = load_metadata(table, cache_dir=config.dataset.cache_dir, progress=processes.is_main, known=known)
     if processes.is_main:
         processes.barrier()
     buckets = make_buckets(config)
+    if features is not None:
+        features.check(config, metadata, buckets)
+        if processes.is_main:
+            features.warn_of_faults()
     sampler = BucketSampler(
         metadata.num_frames,
         metadata.height,
@@ -82,6 +93,7 @@ def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data
         timestep_sampler=diffusion.sample_timestep,
         caption_dropout=config.model.class_dropout_prob,
         latent_channels=config.model.in_channels,
+        features=features,
     )
     return Data(metadata, buckets, sampler, dataset)
 
@@ -90,9 +102,14 @@ def build_diffusion(config: TrainConfig) -> IDDPM:
     return SCHEDULES[config.scheduler.type](config.scheduler.num_timesteps)
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """The precision that encoders run in, and that the model gets text states in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def build_encoders(config: TrainConfig, device: torch.device):
     """(autoencoder, text encoder), frozen, on `device`."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = encoder_dtype(device)
     vae = load_autoencoder(
         config.vae.from_pretrained,
         device=device,
@@ -111,6 +128,30 @@ def build_encoders(config: TrainConfig, device: torch.device):
         remedy = f"the autoencoder {config.vae.from_pretrained} gives {vae.latent_channels} channels; use that number"
         raise ConfigError("model.in_channels", config.model.in_channels, remedy)
     return vae, text
+
+
+def build_encoders_of(config: TrainConfig, device: torch.device, data: list[Data]):
+    """What a run on `data` needs of (autoencoder, text encoder): none that features stand for, unless it samples.
+
+    Datasets that decode learn whether the autoencoder wants noise.
+
+    Returns:
+        As `build_encoders`, or (None, StoredTexts).
+
+    Raises:
+        ConfigError: features that were made with other encoders.
+    """
+    stored = [part.dataset.features for part in data if part.dataset.features is not None]
+    if len(stored) == len(data) and not config.sampling.every:
+        codec = stored[0].codec
+        vae, texts = None, StoredTexts(codec.text_channels, codec.max_length)
+    else:
+        vae, texts = build_encoders(config, device)
+        for part in data:
+            part.dataset.posterior_noise = vae.uses_posterior_noise
+    for features in stored:
+        features.check_encoders(config, vae, texts)
+    return vae, texts
 
 
 def build_model(config: TrainConfig, caption_channels: int) -> STDiT2:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.files import flush
 from stdit_fast.model.checkpoints import Mismatch, complete_checkpoints, newest_checkpoint
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.parallel.masters import MasterWeights
@@ -229,7 +230,7 @@ class _Writer:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, file, metadata={"format": "pt"})
-            _flush(file)
+            flush(file)
         except Exception as error:  # a full disk shows as OSError or as safetensors' own error
             return self._give_up(error)
         return None
@@ -243,12 +244,12 @@ class _Writer:
             progress = progress | {"versions": {"python": platform.python_version(), "torch": torch.__version__}}
             (self.folder / "state.json").write_text(json.dumps(progress, indent=1))
             for file in ("rng.safetensors", "state.json"):
-                _flush(self.folder / file)
+                flush(self.folder / file)
             doomed = final.with_name(f".deleting-{final.name}")
             if final.exists():  # the same step again, after a resume from an older checkpoint
                 os.replace(final, doomed)
             os.replace(self.folder, final)
-            _flush(final.parent)
+            flush(final.parent)
             shutil.rmtree(doomed, ignore_errors=True)
         except Exception as error:
             return self._give_up(error)
@@ -257,12 +258,3 @@ class _Writer:
     def _give_up(self, error: Exception) -> str:
         shutil.rmtree(self.folder, ignore_errors=True)
         return f"{type(error).__name__}: {error}"
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

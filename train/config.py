@@ -19,6 +19,7 @@ from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.shards import POSTERIORS, STORED_DTYPES
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,35 @@ class TextEncoderConfig:
 
     from_pretrained: str = "minilm-embeddings"
     model_max_length: int = 200
+
+
+@dataclass
+class FeaturesConfig:
+    """Latents and text states that are encoded once, by `python -m stdit_fast.train.encode`, and read by training.
+
+    All but the paths matters to encoding alone: training takes features as they are.
+
+    Attributes:
+        path: folder of the features of dataset.data_path; null: training decodes and encodes its samples itself.
+        validation_path: folder of those of validation.data_path, where that is given; null: its files are decoded.
+        crops: clips of each video and size, of which the epochs take one after the other. The n-th begins where the
+            n-th epoch would begin it without features, with the same seed.
+        latents: "bf16", "fp32", or "fp8" with a scale a channel.
+        text: "bf16", "fp32", or "fp8" with a scale a token.
+        posterior: of an autoencoder that has one: "distribution" (mean and standard deviation: each step draws its
+            latents, as without features), or half of that: "mean", or one "sample" for each crop.
+        shard_mib: size of a shard at most; a kill costs those that are under way.
+        verify: read every shard that is there before encoding goes on, and make damaged ones anew.
+    """
+
+    path: str | None = None
+    validation_path: str | None = None
+    crops: int = 1
+    latents: str = "bf16"
+    text: str = "bf16"
+    posterior: str = "distribution"
+    shard_mib: float = 256.0
+    verify: bool = False
 
 
 @dataclass
@@ -198,6 +228,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     vae: VaeConfig = field(default_factory=VaeConfig)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -230,8 +261,14 @@ class TrainConfig:
 # ------------------------------------------------------------------- reading
 
 
-def parse(arguments: list[str] | None = None) -> TrainConfig:
+def parse(
+    arguments: list[str] | None = None, *, program: str = "stdit_fast.train", what: str = "Trains an STDiT-2."
+) -> TrainConfig:
     """The configuration of a command line: `--config FILE [--any.key value ...]`, the latter winning.
+
+    Args:
+        arguments: those of the process if None.
+        program, what: its name, and what it does, for `--help`.
 
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value that cannot be.
@@ -239,7 +276,7 @@ def parse(arguments: list[str] | None = None) -> TrainConfig:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _check_command_line(arguments)
     _check_config_files(arguments)
-    parser = ArgumentParser(prog="stdit_fast.train", exit_on_error=False, description="Trains an STDiT-2.")
+    parser = ArgumentParser(prog=program, exit_on_error=False, description=what)
     parser.add_argument("--config", action="config", help="YAML file; may be given several times, later ones win")
     parser.add_class_arguments(TrainConfig)
     try:
@@ -331,8 +368,11 @@ def check(config: TrainConfig) -> None:
         ("loss_weighting", WEIGHTINGS),
         ("scheduler.type", tuple(SCHEDULES)),
         ("model.format", MODEL_FORMATS),
+        ("features.latents", tuple(STORED_DTYPES)),
+        ("features.text", tuple(STORED_DTYPES)),
+        ("features.posterior", POSTERIORS),
     ):
-        value = _get(config, key)
+        value = get(config, key)
         if value not in choices:
             raise ConfigError(key, value, nearest(value, choices))
     for key in ("steps", "grad_accumulation", "keep_checkpoints", "ckpt_every", "log_every", "max_skipped_in_a_row"):
@@ -341,8 +381,9 @@ def check(config: TrainConfig) -> None:
         _check_range(config, key, 0)
     for key in ("validation.every", "sampling.every", "sampling.seed"):
         _check_range(config, key, 0)
-    for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket"):
+    for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket", "features.crops"):
         _check_range(config, key, 1)
+    _check_range(config, "features.shard_mib", 2**-10)
     _check_range(config, "lr", 0)
     _check_range(config, "ema_decay", 0, 1)
     _check_range(config, "dataset.max_bad_share", 0, 1)
@@ -359,7 +400,7 @@ def check(config: TrainConfig) -> None:
     if config.dataset.data_path is None:
         raise ConfigError("dataset.data_path", None, "name the metadata table (CSV or Parquet) of the training samples")
     for key in ("dataset.data_path", "validation.data_path", "load"):
-        path = _get(config, key)
+        path = get(config, key)
         if path is not None and not Path(path).exists():
             raise ConfigError(key, path, "there is no such file")
     MaskGenerator(config.mask_ratios)
@@ -371,7 +412,8 @@ def check(config: TrainConfig) -> None:
         check_sampling(config)
 
 
-def _get(config: TrainConfig, key: str):
+def get(config: TrainConfig, key: str):
+    """The value of a dotted key."""
     value = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -379,7 +421,7 @@ def _get(config: TrainConfig, key: str):
 
 
 def _check_range(config: TrainConfig, key: str, low: float, high: float = math.inf) -> None:
-    value = _get(config, key)
+    value = get(config, key)
     if not low <= value <= high:
         bounds = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
         raise ConfigError(key, value, f"use a value {bounds}")

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from stdit_fast.media.read import BadSample, decode_clip, decode_image, is_image
 from stdit_fast.model.config import IMAGE_FPS
 from stdit_fast.train.buckets import Bucket, Buckets
+from stdit_fast.train.features import Features
 from stdit_fast.train.metadata import Metadata, Sample
 from stdit_fast.train.randomness import sample_rng
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
@@ -46,6 +47,9 @@ class VideoTextDataset(Dataset):
         caption_dropout: share of the samples that are trained without their caption.
         latent_channels, downsample: channels of the autoencoder's latents, and pixels of a side for one of theirs.
         posterior_noise: whether the autoencoder draws its latents, and batches bring the noise for it.
+        features: what was encoded before; no file of a sample is opened then. Batches have, instead of video and
+            posterior_noise, latents float32 [B, C, T, H//8, W//8], text_states [sum of tokens, channels] (bfloat16 or
+            float32, the captions one after another) and tokens int64 [B]; all the rest is drawn as without features.
     """
 
     def __init__(
@@ -61,11 +65,13 @@ class VideoTextDataset(Dataset):
         latent_channels: int = 4,
         downsample: int = 8,
         posterior_noise: bool = False,
+        features: Features | None = None,
     ):
         self.metadata, self.buckets, self.seed, self.frame_interval = metadata, buckets, seed, frame_interval
         self.mask_sampler, self.timestep_sampler = mask_sampler, timestep_sampler
         self.caption_dropout, self.posterior_noise = caption_dropout, posterior_noise
         self.latent_channels, self.downsample = latent_channels, downsample
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -77,14 +83,18 @@ class VideoTextDataset(Dataset):
             NoGoodSample: all samples and spares are bad.
         """
         bucket = self.buckets[request.bucket]
-        spares, bad = iter(request.spares.tolist()), []
+        spares, bad = self._usable(request.spares.tolist(), bucket), []
         good = [self._load_or_replace(row, spares, request.epoch, bucket, bad) for row in request.samples.tolist()]
         usable = [item for item in good if item is not None]
         if not usable:
             raise NoGoodSample(_no_good_sample(bucket, bad))
         items = [item or usable[i % len(usable)] for i, item in enumerate(good)]
-        batch = {key: _stack([item[key] for item in items]) for key in items[0]}
+        batch = {key: _join(key, [item[key] for item in items]) for key in items[0]}
         return batch | {"bucket": request.bucket, "request": request, "bad": bad}
+
+    def _usable(self, spares: list[int], bucket: Bucket) -> Iterator[int]:
+        """Those that can be had in the bucket's size: features may not have it of samples of other buckets."""
+        return (row for row in spares if self.features is None or self.features.holds(row, bucket))
 
     def _load_or_replace(self, row: int, spares, epoch: int, bucket: Bucket, bad: list[dict]) -> dict | None:
         while row is not None:
@@ -100,7 +110,6 @@ class VideoTextDataset(Dataset):
         def rng(purpose: str) -> np.random.Generator:
             return sample_rng(self.seed, epoch, sample.index, purpose)
 
-        video = self._decode(sample, bucket, rng("crop"))
         length = bucket.num_frames
         mask = np.ones(1, dtype=bool) if bucket.is_image else self.mask_sampler(length, rng("mask"))
         latent_shape = self.latent_channels, length, bucket.height // self.downsample, bucket.width // self.downsample
@@ -108,13 +117,17 @@ class VideoTextDataset(Dataset):
         def normal(purpose: str) -> torch.Tensor:
             return torch.from_numpy(rng(purpose).standard_normal(latent_shape, dtype=np.float32))
 
-        return {
-            "video": video,
+        if self.features is None:
+            start = clip_start(sample, bucket, self.frame_interval, rng("crop"))
+            content = {"video": read_clip(sample, bucket, start, self.frame_interval)}
+            content["posterior_noise"] = normal("posterior_noise") if self.posterior_noise else None
+        else:
+            content = self.features.load(sample.index, bucket, epoch, lambda: normal("posterior_noise"))
+        return content | {
             "text": sample.text,
             "x_mask": torch.from_numpy(np.asarray(mask, dtype=bool)),
             "timestep": torch.tensor(int(self.timestep_sampler(rng("timestep"))), dtype=torch.int64),
             "noise": normal("noise"),
-            "posterior_noise": normal("posterior_noise") if self.posterior_noise else None,
             "drop_caption": torch.tensor(rng("caption").random() < self.caption_dropout),
             "num_frames": torch.tensor(float(length)),
             "height": torch.tensor(float(bucket.height)),
@@ -124,29 +137,37 @@ class VideoTextDataset(Dataset):
             "samples": torch.tensor(sample.index, dtype=torch.int64),
         }
 
-    def _decode(self, sample: Sample, bucket: Bucket, rng: np.random.Generator) -> torch.Tensor:
-        size = {"height": bucket.height, "width": bucket.width}
-        if is_image(sample.path):
-            if not bucket.is_image:
-                raise BadSample(f"too short: an image, where {bucket.num_frames} frames are needed")
+
+def clip_start(sample: Sample, bucket: Bucket, frame_interval: int, rng: np.random.Generator) -> int:
+    """The first frame of a sample's clip, anywhere that leaves enough frames; 0 where there is no choice."""
+    spare_frames = sample.num_frames - (bucket.num_frames - 1) * frame_interval
+    return 0 if bucket.is_image or spare_frames < 1 else int(rng.integers(spare_frames))
+
+
+def read_clip(sample: Sample, bucket: Bucket, start: int, frame_interval: int) -> torch.Tensor:
+    """A sample's frames from `start` on as its bucket wants them: float32 [3, T, H, W] in [-1, 1].
+
+    Raises:
+        BadSample: the file cannot be used, or has too few frames.
+    """
+    size = {"height": bucket.height, "width": bucket.width}
+    if is_image(sample.path):
+        if not bucket.is_image:
+            raise BadSample(f"too short: an image, where {bucket.num_frames} frames are needed")
+        return decode_image(sample.path, **size)
+    if bucket.is_image:
+        try:  # an image may have any name; else it is a clip of one frame
             return decode_image(sample.path, **size)
-        if bucket.is_image:
-            try:  # an image may have any name; else it is a clip of one frame
-                return decode_image(sample.path, **size)
-            except BadSample:
-                return decode_clip(sample.path, start=0, num_frames=1, frame_interval=1, **size)
-        spare_frames = sample.num_frames - (bucket.num_frames - 1) * self.frame_interval
-        if spare_frames < 1:
-            raise BadSample(f"too short: {sample.num_frames} frames")
-        start = int(rng.integers(spare_frames))
-        return decode_clip(
-            sample.path, start=start, num_frames=bucket.num_frames, frame_interval=self.frame_interval, **size
-        )
+        except BadSample:
+            return decode_clip(sample.path, start=0, num_frames=1, frame_interval=1, **size)
+    if sample.num_frames <= (bucket.num_frames - 1) * frame_interval:
+        raise BadSample(f"too short: {sample.num_frames} frames")
+    return decode_clip(sample.path, start=start, num_frames=bucket.num_frames, frame_interval=frame_interval, **size)
 
 
-def _stack(values: list) -> Any:
+def _join(key: str, values: list) -> Any:
     if isinstance(values[0], torch.Tensor):
-        return torch.stack(values)
+        return torch.cat(values) if key == "text_states" else torch.stack(values)
     return None if values[0] is None else values
 
 

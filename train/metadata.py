@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,12 @@ class Metadata:
 
 
 def load_metadata(
-    path: str | Path, *, cache_dir: str | Path | None = None, progress: bool = True, num_workers: int | None = None
+    path: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+    num_workers: int | None = None,
+    known: Mapping[str, np.ndarray] | None = None,
 ) -> Metadata:
     """Reads a CSV or Parquet table with the columns path and text, and num_frames, height, width and fps where known.
 
@@ -108,6 +114,7 @@ def load_metadata(
         cache_dir: folder for what was looked up; the table's own folder if None.
         progress: whether to show a progress bar while looking up.
         num_workers: threads that look up; four for each processor if None, 32 at most.
+        known: num_frames, height, width and fps of all rows, which take the place of the table's: nothing is looked up.
 
     Raises:
         ConfigError: the table is missing, empty or unreadable, lacks path or text, or holds text where numbers belong.
@@ -116,8 +123,10 @@ def load_metadata(
     table = _read_table(path)
     if not len(table):
         raise ConfigError("dataset.data_path", str(path), "the table has no rows; it needs at least one sample.")
-    numbers = {name: _numbers(table, name) for name in OPTIONAL}
     folder = path.absolute().parent
+    if known is not None:
+        return Metadata(table["path"], table["text"], **known, folder=folder)
+    numbers = {name: _numbers(table, name) for name in OPTIONAL}
     missing = np.flatnonzero(np.any([numbers[name] == 0 for name in SIZES], axis=0))
     unreadable: tuple[Unreadable, ...] = ()
     if len(missing):

@@ -17,10 +17,18 @@ from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint
 from stdit_fast.train.bad_samples import BadSamples
-from stdit_fast.train.build import build_data, build_diffusion, build_encoders, build_model, build_optimizer
+from stdit_fast.train.build import (
+    build_data,
+    build_diffusion,
+    build_encoders_of,
+    build_model,
+    build_optimizer,
+    encoder_dtype,
+)
 from stdit_fast.train.checkpoint import Checkpoints, TrainState
 from stdit_fast.train.config import TrainConfig, to_dict
 from stdit_fast.train.ema import EMA
+from stdit_fast.train.features import pad_texts
 from stdit_fast.train.metrics import Metrics
 from stdit_fast.train.validation import Validation
 
@@ -53,10 +61,8 @@ class Trainer:
         # The data first: what is wrong with it shows before gigabytes of encoders are read.
         self.data = build_data(config, self.processes, self.diffusion)
         self.validation = self._build_validation()
-        self.vae, self.text_encoder = build_encoders(config, self.device)
-        for data in (self.data, self.validation and self.validation.data):
-            if data is not None:
-                data.dataset.posterior_noise = self.vae.uses_posterior_noise
+        data = [self.data, *([self.validation.data] if self.validation else [])]
+        self.vae, self.text_encoder = build_encoders_of(config, self.device, data)
 
         model = build_model(config, self.text_encoder.channels)
         blocks = config.grad_checkpoint
@@ -143,11 +149,15 @@ class Trainer:
         self._check_finite(total["loss"], grad_norm, micro_batches)
 
     def losses(self, model, batch: dict) -> dict[str, torch.Tensor]:
-        """Encodes a batch and answers the diffusion's loss, mse and vb of each sample: [B]."""
+        """The diffusion's loss, mse and vb of each sample, [B]; a batch that is not of features is encoded first."""
         on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        with torch.no_grad():
-            latents = self.vae.encode(on_device["video"], on_device.get("posterior_noise")).float()
-            text = self.text_encoder.encode(batch["text"])
+        if "latents" in batch:
+            latents, states = on_device["latents"], on_device["text_states"]
+            text = pad_texts(states, batch["tokens"], self.text_encoder.max_length, encoder_dtype(self.device))
+        else:
+            with torch.no_grad():
+                latents = self.vae.encode(on_device["video"], on_device.get("posterior_noise")).float()
+                text = self.text_encoder.encode(batch["text"])
         scalars = {key: on_device[key] for key in ("num_frames", "height", "width", "ar", "fps")}
         arguments = {"y": text.states, "mask": text.mask, "drop_caption": on_device["drop_caption"], **scalars}
         return self.diffusion.training_losses(

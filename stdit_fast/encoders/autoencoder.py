@@ -19,6 +19,16 @@ def latent_size(height: int, width: int) -> tuple[int, int]:
     return height // DOWNSAMPLE, width // DOWNSAMPLE
 
 
+def draw_latents(
+    mean: Tensor, std: Tensor | None, noise: Tensor | None, shift_factor: float, scaling_factor: float
+) -> Tensor:
+    """Latents of a posterior, float32: its sample mean + std * noise, or its mean without noise, shifted and scaled."""
+    latents = mean.float()
+    if noise is not None:
+        latents = latents + std.float() * noise.to(latents)
+    return (latents - shift_factor) * scaling_factor
+
+
 class FrameAutoencoder(nn.Module, ABC):
     """What every autoencoder offers; subclasses encode and decode a batch of frames.
 
@@ -30,6 +40,7 @@ class FrameAutoencoder(nn.Module, ABC):
     latent_channels = LATENT_CHANNELS
     downsample = DOWNSAMPLE
     uses_posterior_noise = False
+    shift_factor, scaling_factor = 0.0, 1.0  # between the posterior and the latents
 
     def __init__(self, micro_batch_size: int | None = None):
         super().__init__()
@@ -64,6 +75,19 @@ class FrameAutoencoder(nn.Module, ABC):
         return latents.unflatten(0, (batch, num_frames)).movedim(2, 1).contiguous()
 
     @torch.no_grad()
+    def posterior(self, video: Tensor) -> Tensor:
+        """What `draw_latents` takes, for each latent: float32 [B, P, 4, T, H//8, W//8] on the encoder's device.
+
+        P is 2, mean and standard deviation, or 1, the mean alone, where `uses_posterior_noise` is False.
+
+        Args:
+            video: [B, 3, T, H, W] in [-1, 1], on any device.
+        """
+        frames = video.movedim(2, 1).flatten(0, 1)
+        parts = torch.cat([self._posterior_of_frames(frames[part]) for part in self._parts(frames)])
+        return parts.unflatten(0, (video.shape[0], video.shape[2])).movedim(1, 3)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Video, float32 [B, 3, T, h*8, w*8] in [-1, 1], of latents [B, 4, T, h, w]."""
         if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
@@ -79,6 +103,10 @@ class FrameAutoencoder(nn.Module, ABC):
     @abstractmethod
     def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
         """[N, 3, H, W] -> float32 [N, 4, H//8, W//8]."""
+
+    def _posterior_of_frames(self, frames: Tensor) -> Tensor:
+        """[N, 3, H, W] -> float32 [N, P, 4, H//8, W//8]."""
+        return self._encode_frames(frames, None)[:, None]
 
     @abstractmethod
     def _decode_frames(self, latents: Tensor) -> Tensor:
@@ -104,11 +132,12 @@ class VideoAutoencoder(FrameAutoencoder):
         self.shift_factor = float(vae.config.shift_factor or 0.0)
 
     def _encode_frames(self, frames: Tensor, noise: Tensor | None) -> Tensor:
+        mean, std = self._posterior_of_frames(frames).unbind(1)
+        return draw_latents(mean, std, noise, self.shift_factor, self.scaling_factor)
+
+    def _posterior_of_frames(self, frames: Tensor) -> Tensor:
         posterior = self.vae.encode(frames.to(self.vae.device, self.vae.dtype)).latent_dist
-        latents = posterior.mean.float()
-        if noise is not None:
-            latents = latents + posterior.std.float() * noise.to(latents)
-        return (latents - self.shift_factor) * self.scaling_factor
+        return torch.stack([posterior.mean.float(), posterior.std.float()], dim=1)
 
     def _decode_frames(self, latents: Tensor) -> Tensor:
         latents = latents.to(self.vae.device, torch.float32) / self.scaling_factor + self.shift_factor

@@ -25,9 +25,22 @@ from stdit_fast.ops.mlp import gelu_op
 from stdit_fast.ops.spatial_attention import definition as spatial_attention_definition
 from stdit_fast.ops.temporal_attention import definition as temporal_attention_definition
 
-CHANNELS, HEADS, HEAD_DIM = 1152, 16, 72
+HEADS, HEAD_DIM = 16, 72
 IMPLEMENTATIONS = ("reference", "compile", "fused")
 COLUMNS = f"{'case':<52}{'impl':<11}{'ms':>9}{'low':>9}{'high':>9}{'TB/s':>7}{'of copy':>9}"
+
+
+# Reads and writes forward and backward, in values per token and channel; each op's docstring counts them.
+UNITS = {
+    "layer_norm_modulate": (2, 3),
+    "gate_residual": (3, 3),
+    "gate_residual_layer_norm_modulate": (4, 6),
+    "gelu": (8, 16),
+    "temporal_attention": (4, 7),
+    "spatial_attention": (4, 8),
+    "cross_attention": (2, 4),
+}
+WEIGHTS = ("q_weight", "k_weight")
 
 
 @dataclass
@@ -35,100 +48,111 @@ class Case:
     """One op on one input.
 
     Attributes:
+        op: its name; name: with the size.
+        tokens, channels: samples x frames x positions, and values of each.
         inputs: what gradients are taken of, by name.
         fused, plain: functions of those.
-        units: reads and writes forward and backward, in values per token and channel.
+        layout: of the packed text, for cross attention.
     """
 
+    op: str
     name: str
     tokens: int
+    channels: int
     inputs: dict[str, Tensor]
     fused: Callable
     plain: Callable
-    units: tuple[float, float]
+    layout: ops.TextLayout | None = None
 
     def bytes(self, backward: bool) -> int:
-        return int(self.units[backward] * self.tokens * CHANNELS * 2)
+        return least_bytes(self.op, self.tokens, self.channels, backward)
 
 
-def randn(*shape: int, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, device="cuda")).bfloat16()
+def least_bytes(op: str, tokens: int, channels: int, backward: bool) -> int:
+    """Bytes that an op must move in bfloat16."""
+    return int(UNITS[op][backward] * tokens * channels * 2)
 
 
-def cases(batch: int, frames: int, positions: int) -> Iterator[Case]:
-    """The ops at one size."""
-    tokens = batch * frames * positions
-    shape, size = (batch, frames, positions, CHANNELS), f"{batch}x{frames}x{positions}"
+def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda", heads: int = HEADS) -> Case:
+    """One op at one size, in bfloat16 on a GPU and in float32 elsewhere; random inputs, the same each time."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    backend = "fused" if device == "cuda" else "auto"
+    generator = torch.Generator(device).manual_seed(0)
+    channels, tokens = heads * HEAD_DIM, batch * frames * positions
+    shape = (batch, frames, positions, channels)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
 
     def modulation() -> Tensor:
-        return randn(batch, frames, CHANNELS)
+        return randn(batch, frames, channels)
 
     def joined(function, **options):
         return lambda x, o, gate, bias, shift, scale: function(x, ops.Branch(o, gate, bias), shift, scale, **options)
 
-    yield Case(
-        f"layer_norm_modulate-{size}",
-        tokens,
-        dict(x=randn(*shape), shift=modulation(), scale=modulation()),
-        lambda **kw: ops.layer_norm_modulate(**kw, backend="fused"),
-        layer_norm_modulate_definition,
-        (2, 3),
-    )
-    yield Case(
-        f"gate_residual-{size}",
-        tokens,
-        dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(CHANNELS)),
-        lambda **kw: ops.gate_residual(**kw, backend="fused"),
-        gate_residual_definition,
-        (3, 3),
-    )
-    yield Case(
-        f"gate_residual_layer_norm_modulate-{size}",
-        tokens,
-        dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(CHANNELS))
-        | dict(shift=modulation(), scale=modulation()),
-        joined(ops.gate_residual_layer_norm_modulate, backend="fused"),
-        joined(joined_definition),
-        (4, 6),
-    )
-    yield Case(
-        f"gelu-{size}",
-        tokens,
-        dict(h=randn(tokens, 4 * CHANNELS), bias=randn(4 * CHANNELS)),
-        lambda h, bias: gelu_op(h, bias),
-        lambda h, bias: torch.nn.functional.gelu(h + bias, approximate="tanh"),
-        (8, 16),
-    )
-    weights = {name: 1 + randn(HEAD_DIM, scale=0.1) for name in ("q_weight", "k_weight")}
-    qkv = dict(qkv=randn(*shape[:3], 3, HEADS, HEAD_DIM), **weights)
-    rotation = ops.rotation_table(10000 ** (-torch.arange(0, HEAD_DIM, 2, device="cuda") / HEAD_DIM), frames)
-    yield Case(
-        f"temporal_attention-{size}",
-        tokens,
-        qkv,
-        lambda **kw: ops.temporal_attention(**kw, rotation=rotation, backend="fused"),
-        lambda **kw: temporal_attention_definition(**kw, rotation=rotation, rotate_first=False, eps=1e-6),
-        (4, 7),
-    )
-    yield Case(
-        f"spatial_attention-{size}",
-        tokens,
-        qkv,
-        lambda **kw: ops.spatial_attention(**kw, backend="fused"),
-        lambda **kw: spatial_attention_definition(**kw, eps=1e-6),
-        (4, 8),
-    )
-    lengths = [1 + (37 * i) % 200 for i in range(batch)]
-    mask = torch.arange(200) < torch.tensor(lengths)[:, None]
-    layout = ops.text_layout(mask, batch, 200, torch.device("cuda"))
-    yield Case(
-        f"cross_attention-{size}",
-        tokens,
-        dict(q=randn(batch, frames * positions, HEADS, HEAD_DIM), kv=randn(sum(lengths), 2, HEADS, HEAD_DIM)),
-        lambda **kw: ops.cross_attention(**kw, layout=layout, backend="fused"),
-        lambda **kw: cross_attention_definition(**kw, layout=layout),
-        (2, 4),
-    )
+    def case(inputs: dict[str, Tensor], fused: Callable, plain: Callable, layout=None) -> Case:
+        return Case(op, f"{op}-{batch}x{frames}x{positions}", tokens, channels, inputs, fused, plain, layout)
+
+    if op == "layer_norm_modulate":
+        return case(
+            dict(x=randn(*shape), shift=modulation(), scale=modulation()),
+            lambda **kw: ops.layer_norm_modulate(**kw, backend=backend),
+            layer_norm_modulate_definition,
+        )
+    if op == "gate_residual":
+        return case(
+            dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(channels)),
+            lambda **kw: ops.gate_residual(**kw, backend=backend),
+            gate_residual_definition,
+        )
+    if op == "gate_residual_layer_norm_modulate":
+        return case(
+            dict(x=randn(*shape), o=randn(*shape), gate=modulation(), bias=randn(channels))
+            | dict(shift=modulation(), scale=modulation()),
+            joined(ops.gate_residual_layer_norm_modulate, backend=backend),
+            joined(joined_definition),
+        )
+    if op == "gelu":
+
+        def plain_gelu(h: Tensor, bias: Tensor) -> Tensor:
+            return torch.nn.functional.gelu(h + bias, approximate="tanh")
+
+        return case(
+            dict(h=randn(tokens, 4 * channels), bias=randn(4 * channels)),
+            (lambda h, bias: gelu_op(h, bias)) if device == "cuda" else plain_gelu,
+            plain_gelu,
+        )
+    if op == "cross_attention":
+        lengths = [1 + (37 * i) % 200 for i in range(batch)]
+        mask = torch.arange(200) < torch.tensor(lengths)[:, None]
+        layout = ops.text_layout(mask, batch, 200, torch.device(device))
+        return case(
+            dict(q=randn(batch, frames * positions, heads, HEAD_DIM), kv=randn(sum(lengths), 2, heads, HEAD_DIM)),
+            lambda **kw: ops.cross_attention(**kw, layout=layout, backend=backend),
+            lambda **kw: cross_attention_definition(**kw, layout=layout),
+            layout,
+        )
+    weights = {name: 1 + 0.1 * randn(HEAD_DIM) for name in WEIGHTS}
+    qkv = dict(qkv=randn(*shape[:3], 3, heads, HEAD_DIM), **weights)
+    if op == "spatial_attention":
+        return case(
+            qkv,
+            lambda **kw: ops.spatial_attention(**kw, backend=backend),
+            lambda **kw: spatial_attention_definition(**kw, eps=1e-6),
+        )
+    if op == "temporal_attention":
+        rotation = ops.rotation_table(10000 ** (-torch.arange(0, HEAD_DIM, 2, device=device) / HEAD_DIM), frames)
+        return case(
+            qkv,
+            lambda **kw: ops.temporal_attention(**kw, rotation=rotation, backend=backend),
+            lambda **kw: temporal_attention_definition(**kw, rotation=rotation, rotate_first=False, eps=1e-6),
+        )
+    raise ValueError(f"there is no case of {op}; there are {', '.join(UNITS)}")
+
+
+def cases(batch: int, frames: int, positions: int) -> Iterator[Case]:
+    """The ops at one size, on the GPU."""
+    return (build(op, batch, frames, positions) for op in UNITS)
 
 
 def quantiles(function: Callable, repeats: int = 30) -> list[float]:

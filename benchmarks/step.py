@@ -135,12 +135,17 @@ def build(impl: str, depth: int, device: str) -> STDiT2:
     torch.manual_seed(0)
     with torch.device(device):
         model = STDiT2(config).to(torch.bfloat16).train()
-    for p in model.parameters():  # zero-initialised layers would be timed on zeros
-        if p.count_nonzero() == 0:
-            torch.nn.init.normal_(p, std=0.02)
+    fill_zeros(model)
     if impl == "compile":
         model.blocks = torch.nn.ModuleList(torch.compile(block) for block in model.blocks)
     return model
+
+
+def fill_zeros(model: torch.nn.Module) -> None:
+    """Draws the parameters that begin as zeros: what they make would be timed on zeros."""
+    for p in model.parameters():
+        if p.count_nonzero() == 0:
+            torch.nn.init.normal_(p, std=0.02)
 
 
 def run_case(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -> None:

@@ -1,0 +1,115 @@
+"""The autoencoder's encoding of frames and the text encoder's of captions; on a GPU at the sizes of Open-Sora's."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from stdit_fast.benchmarks.registry import Case
+
+# frames x height x width of what is encoded together; micro-batches as stage 1 and 2 have them
+FRAMES, QUICK_FRAMES, CPU_FRAMES = ("96x144x256", "272x240x424"), ("96x144x256",), ("4x144x256",)
+MICRO_BATCH = 16
+CAPTIONS, TOKENS = (6, 17), 200
+SD_AUTOENCODER = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
+def cases(device: str, quick: bool) -> Iterator[Case]:
+    """On the CPU the embedded encoders, which need no weights."""
+    if device == "cpu":
+        for size in CPU_FRAMES:
+            yield Case("encoders", f"patch-codec-{size}", {"stdit_fast": partial(prepare_codec, size)}, host=True)
+        yield Case("encoders", "minilm-6-captions", {"stdit_fast": partial(prepare_minilm, 6)}, host=True)
+        return
+    for size in QUICK_FRAMES if quick else FRAMES:
+        yield Case(
+            "encoders",
+            f"autoencoder-{size}",
+            {impl: partial(prepare_autoencoder, impl, size) for impl in ("stdit_fast", "diffusers", "channels-last")},
+            expected=partial(prepare_autoencoder, "diffusers", size),
+            tolerance=3e-2,
+            rounds=5,
+        )
+    for count in CAPTIONS[:1] if quick else CAPTIONS:
+        yield Case("encoders", f"t5-xxl-{count}x{TOKENS}", {"transformers": partial(prepare_t5, count)}, rounds=5)
+
+
+def prepare_codec(size: str) -> Callable[[], Tensor]:
+    from stdit_fast.encoders.autoencoder import PATCH_CODEC, load_autoencoder
+
+    codec = load_autoencoder(PATCH_CODEC)
+    video = _video(size, "cpu", torch.float32)
+    return lambda: codec.encode(video)
+
+
+def prepare_minilm(count: int) -> Callable[[], object]:
+    from stdit_fast.encoders.text import MINILM, load_text_encoder
+
+    encoder = load_text_encoder(MINILM)
+    captions = ["a calm sea under a grey sky, seen from a boat"] * count
+    return lambda: encoder.encode(captions)
+
+
+def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
+    """Means of the posterior, scaled; ours as training does it, or diffusers' module alone."""
+    from diffusers import AutoencoderKL
+
+    from stdit_fast.encoders.autoencoder import VideoAutoencoder
+
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = AutoencoderKL(**SD_AUTOENCODER).bfloat16().eval().requires_grad_(False)
+    video = _video(size, "cuda", torch.bfloat16)
+    if impl == "stdit_fast":
+        autoencoder = VideoAutoencoder(vae, MICRO_BATCH).to("cuda", torch.bfloat16)
+        return lambda: autoencoder.encode(video)
+    frames = video[0].transpose(0, 1)
+    if impl == "channels-last":
+        vae, frames = vae.to(memory_format=torch.channels_last), frames.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        means = [vae.encode(part).latent_dist.mean.float() for part in frames.split(MICRO_BATCH)]
+        return torch.cat(means).transpose(0, 1)[None] * vae.config.scaling_factor
+
+    return encode
+
+
+def prepare_t5(count: int) -> Callable[[], Tensor]:
+    """transformers' encoder on whole captions."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+                      tie_word_embeddings=False, **T5_XXL)  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = T5EncoderModel(config).eval()
+            ids = torch.randint(3, 32000, (count, TOKENS))
+            mask = torch.ones(count, TOKENS, dtype=torch.long)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+
+    return encode
+
+
+def _video(size: str, device: str, dtype: torch.dtype) -> Tensor:
+    """[1, 3, T, H, W] of smooth values in [-1, 1]."""
+    frames, height, width = map(int, size.split("x"))
+    generator = torch.Generator(device).manual_seed(0)
+    coarse = torch.rand(1, 3, frames, height // 8, width // 8, device=device, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, (frames, height, width)).to(dtype)

@@ -1,0 +1,72 @@
+"""`pytest benchmarks/`: options, the cases as tests, and what is said at the end.
+
+    pytest benchmarks/ --quick --suites ops,block --benchmark-json bench.json
+
+pytest-benchmark's own options work: a case is a group, its implementations are held against each other there.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+# pytest puts the checkout onto the path, where `kernels` would stand for a package of that name (transformers looks
+# for one); stdit_fast is installed, and its kernels are stdit_fast.kernels.
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from stdit_fast.benchmarks import registry, session  # noqa: E402
+from stdit_fast.errors import ConfigError  # noqa: E402
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("stdit_fast")
+    group.addoption("--quick", action="store_true", help="one size of each, fewer repeats")
+    group.addoption("--suites", help=f"some of {','.join(registry.SUITES)}, with commas between")
+    group.addoption("--records", help="append our own records to this .jsonl file, too")
+
+
+def pytest_configure(config):
+    config._stdit_fast = session.Session("cuda" if torch.cuda.is_available() else "cpu", config.option.records)
+
+
+def pytest_generate_tests(metafunc):
+    if "implementation" not in metafunc.fixturenames:
+        return
+    bench, quick = metafunc.config._stdit_fast, metafunc.config.option.quick
+    try:
+        suites = registry.select(metafunc.config.option.suites)
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from None
+    params = []
+    for suite in suites:
+        cases = list(registry.cases_of(suite, bench.device, quick))
+        bench.left_out(suite, cases, quick)
+        for case in cases:
+            clock = bench.clock(case)
+            mark = pytest.mark.benchmark(group=f"{suite}: {case.name}", timer=clock, disable_gc=True)
+            params += [
+                pytest.param(case, name, id=f"{suite}-{case.name}-{name}", marks=mark) for name in case.implementations
+            ]
+    metafunc.parametrize("case, implementation", params)
+
+
+@pytest.fixture
+def bench(request) -> session.Session:
+    found = request.config._stdit_fast
+    found.begin()
+    return found
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(config._stdit_fast.machine())
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for line in config._stdit_fast.lines():
+        terminalreporter.write_line(line)

@@ -11,11 +11,22 @@ from pathlib import Path
 
 import pytest
 
-# pytest puts the checkout onto the path, where `kernels` would stand for a package of that name (transformers looks
-# for one); stdit_fast is installed, and its kernels are stdit_fast.kernels.
+import stdit_fast  # noqa: F401 (loaded from the path that is left below)
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def leave_path() -> None:
+    """Takes the checkout off the path, onto which pytest puts it anew for each file.
+
+    There `kernels` would stand for a package of that name, which transformers looks for. Ours is stdit_fast.kernels,
+    found through stdit_fast, which is loaded.
+    """
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+
+leave_path()
 
 import torch  # noqa: E402
 
@@ -37,6 +48,7 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "implementation" not in metafunc.fixturenames:
         return
+    leave_path()
     bench, quick = metafunc.config._stdit_fast, metafunc.config.option.quick
     try:
         suites = registry.select(metafunc.config.option.suites)

@@ -83,6 +83,7 @@ class IDDPM:
         model_kwargs: dict | None = None,
         noise: Tensor | None = None,
         mask: Tensor | None = None,
+        counted: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each sample: mse + vb.
 
@@ -95,6 +96,8 @@ class IDDPM:
             mask: [B, T], False where a frame is a condition. Those are noised at timestep 0, the model gets the
                 mask as `x_mask` beside the unchanged t, and the loss is the mean over the other frames; a
                 sample without any contributes 0.
+            counted: [B], how many frames that mean is over, where x_start holds only some frames of the samples:
+                the losses of all parts then sum up to that of the whole. None: x_start holds all.
 
         Returns:
             "loss", "mse", "vb": [B] float32. vb is in bits; its gradient reaches the variance only.
@@ -116,17 +119,15 @@ class IDDPM:
             want = [x_t.shape[0], 2 * x_t.shape[1], *x_t.shape[2:]]
             raise ValueError(f"the model answers {list(out.shape)}, expected {want}: epsilon and variance (pred_sigma)")
         epsilon, variance = out.chunk(2, dim=1)
-        mse = self._weigh_mse(frame_mean((noise - epsilon).square(), mask), t)
-        vb = self._variational_bound(x_start, x_t, t, epsilon.detach(), variance, mask)
+        mse = self._weigh_mse(frame_mean((noise - epsilon).square(), mask, counted), t)
+        vb = frame_mean(self._variational_bound(x_start, x_t, t, epsilon.detach(), variance), mask, counted)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
     def _weigh_mse(self, mse: Tensor, t: Tensor) -> Tensor:
         return mse
 
-    def _variational_bound(
-        self, x_start: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, variance: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """KL(posterior || model) in bits, at t = 0 the likelihood of x_start instead: [B]."""
+    def _variational_bound(self, x_start: Tensor, x_t: Tensor, t: Tensor, epsilon: Tensor, variance: Tensor) -> Tensor:
+        """KL(posterior || model) in bits, at t = 0 the likelihood of x_start instead, elementwise."""
         true_mean = self._posterior_mean(x_start, x_t, t)
         true_log_var = self._at("log_posterior", t)
         start = self._at("inverse_signal", t) * x_t - self._at("inverse_noise", t) * epsilon
@@ -136,8 +137,7 @@ class IDDPM:
         kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp())
         kl = kl + 0.5 * (true_mean - mean).square() * (-log_var).exp()
         nll = -discretised_gaussian_log_likelihood(x_start, mean, 0.5 * log_var)
-        bits = torch.where((t == 0)[:, None, None, None, None], nll, kl) / math.log(2)
-        return frame_mean(bits, mask)
+        return torch.where((t == 0)[:, None, None, None, None], nll, kl) / math.log(2)
 
     def _posterior_mean(self, start: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self._at("posterior_start", t) * start + self._at("posterior_current", t) * x_t
@@ -148,13 +148,17 @@ class IDDPM:
         return share * self._at("log_beta", t) + (1 - share) * self._at("log_posterior", t)
 
 
-def frame_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of [B, C, T, H, W] over each sample, over the frames where mask [B, T] is True; 0 where none is: [B]."""
+def frame_mean(values: Tensor, mask: Tensor | None, counted: Tensor | None = None) -> Tensor:
+    """Mean of [B, C, T, H, W] over each sample, over the frames where mask [B, T] is True; 0 where none is: [B].
+
+    Args:
+        counted: [B], to divide by instead of the number of those frames, where there are more elsewhere.
+    """
     per_frame = values.float().mean(dim=(1, 3, 4))
     if mask is None:
-        return per_frame.mean(1)
+        return per_frame.mean(1) if counted is None else per_frame.sum(1) / counted
     kept = torch.where(mask, per_frame, 0)  # not a product: 0 * NaN would be NaN
-    return kept.sum(1) / mask.sum(1).clamp(min=1)
+    return kept.sum(1) / (mask.sum(1) if counted is None else counted).clamp(min=1)
 
 
 def discretised_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:

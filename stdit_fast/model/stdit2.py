@@ -8,7 +8,8 @@ makes frames differ, so masked and unmasked passes are one path.
 """
 
 import logging
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn as nn
@@ -71,16 +72,41 @@ class CrossAttention(nn.Module):
         self.proj = Linear(config.hidden_size, config.hidden_size, initial_std=0)
 
 
+class FrameSwitch(Protocol):
+    """Finds the other frames where a model computes on some of a video's alone; see `STDiT2.switch`.
+
+    Attributes:
+        num_frames: of the whole video.
+    """
+
+    num_frames: int
+
+    def temporal(
+        self, u: Tensor, weight: Tensor, bias: Tensor, attention: Callable[[Tensor], Tensor], proj_weight: Tensor
+    ) -> Tensor:
+        """linear(attention(linear(u))) of the frames u [B, T_own, S, C], where attention gets all T of some positions.
+
+        Args:
+            weight, bias, proj_weight: of the two linear layers.
+            attention: [B, T, s, 3*C] to [B, T, s, C], for any s.
+        """
+
+    def agree(self, count: int) -> int:
+        """The number of blocks to recompute, from what this part of the video alone would need."""
+
+
 class Conditioning(NamedTuple):
     """What all blocks share.
 
     Attributes:
         layout: of the packed text.
         rotation: [T, 2, D/2] of the temporal attention, see `ops.rotation_table`.
+        switch: where x holds some of the T frames only.
     """
 
     layout: ops.TextLayout
     rotation: Tensor
+    switch: FrameSwitch | None = None
 
 
 class TextContext(NamedTuple):
@@ -133,8 +159,8 @@ class STDiT2Block(nn.Module):
         o = ops.spatial_attention(_split_heads(qkv, attn), *norm_weights(attn), backend=backend)
         branch = ops.Branch(F.linear(o, attn.proj.weight), gate, attn.proj.bias)
 
-        x, o = self._temporal(x, branch, temp_shift, temp_scale, cond.rotation)
-        branch = ops.Branch(F.linear(o, self.attn_temp.proj.weight), temp_gate, self.attn_temp.proj.bias)
+        x, o = self._temporal(x, branch, temp_shift, temp_scale, cond)
+        branch = ops.Branch(o, temp_gate, self.attn_temp.proj.bias)
 
         x, q = ops.gate_residual_linear(x, branch, cross.q_linear.weight, cross.q_linear.bias, backend=backend)
         q = q.flatten(1, 2).unflatten(-1, (cross.num_heads, cross.head_dim))
@@ -146,19 +172,26 @@ class STDiT2Block(nn.Module):
         return x, ops.Branch(o, mlp_gate, mlp.fc2.bias)
 
     def _temporal(
-        self, x: Tensor, branch: ops.Branch, shift: Tensor, scale: Tensor, rotation: Tensor
+        self, x: Tensor, branch: ops.Branch, shift: Tensor, scale: Tensor, cond: Conditioning
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and the temporal attention's output before its projection."""
+        """The residual stream, and the temporal attention's output, projected but for the bias."""
         attn, backend = self.attn_temp, self.backend
-        weight, bias = attn.qkv.weight, attn.qkv.bias
+        weight, bias, proj = attn.qkv.weight, attn.qkv.bias, attn.proj.weight
+
+        def attention(qkv: Tensor) -> Tensor:
+            options = {"rotate_first": self.rotate_first, "backend": backend}
+            return ops.temporal_attention(_split_heads(qkv, attn), *norm_weights(attn), cond.rotation, **options)
+
+        if cond.switch is not None:
+            x, u = ops.gate_residual_layer_norm_modulate(x, branch, shift, scale, backend=backend)
+            return x, cond.switch.temporal(u, weight, bias, attention, proj)
         if x.shape[1] == 1 and ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
             # The one frame of an image attends to itself: its value is the result, whatever q and k are.
             values = slice(2 * x.shape[-1], None)
             x, o = ops.modulated_linear(x, branch, shift, scale, weight[values], bias[values], backend=backend)
-            return x, ops.without_gradient(o, *norm_weights(attn))
+            return x, F.linear(ops.without_gradient(o, *norm_weights(attn)), proj)
         x, qkv = ops.modulated_linear(x, branch, shift, scale, weight, bias, backend=backend)
-        options = {"rotate_first": self.rotate_first, "backend": backend}
-        return x, ops.temporal_attention(_split_heads(qkv, attn), *norm_weights(attn), rotation, **options)
+        return x, F.linear(attention(qkv), proj)
 
 
 def _split_heads(qkv: Tensor, attn: nn.Module) -> Tensor:
@@ -215,6 +248,10 @@ class STDiT2(PreTrainedModel):
     """Predicts noise (and, with pred_sigma, the variance) of video latents of any T, H, W.
 
     Parameter names are those of Open-Sora 1.1, so its checkpoints load unchanged.
+
+    Attributes:
+        switch: None, or how to find the other frames where forward passes get some of a video's frames alone: x and
+            x_mask hold these, and all else describes the whole video.
     """
 
     config_class = STDiT2Config
@@ -245,6 +282,7 @@ class STDiT2(PreTrainedModel):
         self.last_checkpointed = 0
         self.graphs: BlockGraphs | None = None
         self.last_graphed = False
+        self.switch: FrameSwitch | None = None
         self.post_init()
 
     # ---------------------------------------------------------------- forward
@@ -299,7 +337,7 @@ class STDiT2(PreTrainedModel):
         spatial = self._per_frame(self.t_block, t, t_zero, size, x_mask)
         temporal = self._per_frame(self.t_block_temp, t, t_zero, length, x_mask)
         text, layout = y if isinstance(y, TextContext) else self._embed_text(y, mask, drop_caption)
-        rotation = ops.rotation_table(self.rope.freqs, x.shape[2])
+        rotation = ops.rotation_table(self.rope.freqs, x.shape[2] if self.switch is None else self.switch.num_frames)
         modulation = torch.cat((spatial, temporal), dim=-1)
         self.last_checkpointed = self._count_checkpointed(tokens)
         graph = None if self.last_checkpointed else self._graph(tokens, modulation, layout)
@@ -331,7 +369,7 @@ class STDiT2(PreTrainedModel):
             x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C], or its keys and
                 values [M, depth, 2, H, D].
         """
-        cond = Conditioning(layout, rotation)
+        cond = Conditioning(layout, rotation, self.switch)
         # What depends on no block's x is made for all blocks at once: modulation [depth, B, 1 or T, 9, C], and the
         # text's keys and values [M, depth, 2, H, D] by one GEMM.
         tables = torch.cat([t for b in self.blocks for t in (b.scale_shift_table, b.scale_shift_table_temporal)])
@@ -375,7 +413,7 @@ class STDiT2(PreTrainedModel):
     def _graph(self, x: Tensor, modulation: Tensor, layout: ops.TextLayout):
         """The CUDA graph that runs the blocks on this batch, if there is one."""
         wanted = self.graphs is not None and self.training and torch.is_grad_enabled()
-        if not wanted or torch.compiler.is_compiling():
+        if not wanted or self.switch is not None or torch.compiler.is_compiling():
             return None
         if not ops.use_kernel("modulated_linear", self.config.backend, x, x.shape[-1]):
             return None
@@ -465,7 +503,8 @@ class STDiT2(PreTrainedModel):
             return 0
         if self._training_bytes is None:
             self._training_bytes = training_bytes(self, self.memory_reserve)
-        return blocks_to_checkpoint(self, tokens, self._training_bytes)
+        count = blocks_to_checkpoint(self, tokens, self._training_bytes)
+        return count if self.switch is None else self.switch.agree(count)
 
     # ------------------------------------------------------- initial values
 

@@ -1,0 +1,101 @@
+"""Groups of ranks that share samples: a data axis and a sequence axis, for each size of the latter that a run uses.
+
+Ranks of a group are neighbours: with size n, ranks k*n to k*n + n - 1 are group k. All sizes are built once, when the
+run starts, since every rank has to take part; which of them a step uses may change from batch to batch.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from stdit_fast.errors import ConfigError
+from stdit_fast.parallel.processes import Processes, import_colossalai
+
+SIZES = (1, 2, 4, 8)
+KEY = "sequence_parallel"
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that hold parts of the same samples, seen from one of them.
+
+    Attributes:
+        size, rank: how many there are, and which of them this is.
+        first: rank of the group's first member among all processes.
+        device: the process group that tensors travel in.
+        host: one for what the CPUs tell each other, so that no GPU has to be waited for.
+    """
+
+    size: int
+    rank: int
+    first: int
+    device: dist.ProcessGroup
+    host: dist.ProcessGroup
+
+    def exchange(self, values: list[int]) -> list[list[int]]:
+        """Every member's integers, on every member, without waiting for a GPU."""
+        own = torch.tensor(values, dtype=torch.int64)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own, group=self.host)
+        return [part.tolist() for part in parts]
+
+    def largest(self, value: int) -> int:
+        """The largest of the members' values, on every member."""
+        return max(part[0] for part in self.exchange([value]))
+
+
+class SequenceGroups:
+    """This process's group of each size.
+
+    Args:
+        sizes: those that the run will use; 1 needs no group.
+
+    Raises:
+        ConfigError: a size that there is no such thing as, or that does not divide the number of processes.
+    """
+
+    def __init__(self, processes: Processes, sizes: Iterable[int]):
+        self.processes = processes
+        self._groups: dict[int, SequenceGroup] = {}
+        wanted = sorted({size for size in sizes if size != 1})
+        for size in wanted:
+            check_size(size, processes.world_size)
+        for size in wanted:
+            self._groups[size] = self._build(size)
+
+    def __getitem__(self, size: int) -> SequenceGroup:
+        return self._groups[size]
+
+    def _build(self, size: int) -> SequenceGroup:
+        import_colossalai()
+        from colossalai.cluster import ProcessGroupMesh
+
+        rank, world_size = self.processes.rank, self.processes.world_size
+        mesh = ProcessGroupMesh(world_size // size, size)
+        device = host = mesh.get_group_along_axis(1)
+        if self.processes.device.type == "cuda":
+            # ProcessGroupMesh would answer with the group of the same ranks that it has already.
+            host = ProcessGroupMesh(world_size // size, size).get_group_along_axis(1, backend="gloo")
+        place = int(mesh.coordinate(1))
+        return SequenceGroup(size, place, rank - place, device, host)
+
+
+def check_size(size: int, world_size: int) -> None:
+    """Raises ConfigError for a size that cannot be with so many processes."""
+    if size not in SIZES:
+        raise ConfigError(KEY, size, f"choose one of {', '.join(map(str, SIZES))}")
+    if world_size % size:
+        fitting = ", ".join(str(n) for n in SIZES if world_size % n == 0)
+        raise ConfigError(KEY, size, f"it must divide the number of processes, {world_size}: use {fitting}")
+
+
+def check_split(size: int, num_frames: int, positions: int) -> None:
+    """Raises ConfigError where some of `size` ranks would have no frame, or no position of a frame, to work on."""
+    if size > min(num_frames, positions):
+        remedy = (
+            f"{num_frames} frames of {positions} tokens cannot be split over {size} ranks: use at most "
+            f"{max(n for n in SIZES if n <= min(num_frames, positions))} for this bucket"
+        )
+        raise ConfigError(KEY, size, remedy)

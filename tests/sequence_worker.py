@@ -1,0 +1,205 @@
+"""What the processes of tests/test_sequence_parallel.py run: python sequence_worker.py FOLDER PROCESSES.
+
+Every case is computed twice: by one process alone, and by the group. What differs goes into FOLDER/RANK.json.
+"""
+
+import json
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from stdit_fast import STDiT2, STDiT2Config
+from stdit_fast.diffusion import IDDPM, SpeeDiT
+from stdit_fast.parallel.groups import SequenceGroups
+from stdit_fast.parallel.processes import Processes, import_colossalai
+from stdit_fast.parallel.sequence import FrameSwitch, split_frames
+
+# name: (samples, frames, height, width of the latents, masked, pieces of a rank's positions, blocks recomputed)
+CASES = {
+    "even": (2, 8, 8, 8, False, 1, 0),
+    "odd frames and positions": (2, 7, 6, 10, True, 1, 0),  # 15 positions
+    "one sample, chunks": (1, 5, 6, 14, True, 2, 0),  # 21 positions
+    "two samples, chunks, recomputed": (2, 9, 6, 10, True, 3, 1),
+    "as many frames as ranks": (1, 4, 4, 4, False, 1, 2),
+}
+CHANNELS, DEPTH = 48, 2
+
+
+def make_model() -> STDiT2:
+    torch.manual_seed(0)
+    config = STDiT2Config(
+        hidden_size=CHANNELS, depth=DEPTH, num_heads=4, caption_channels=16, model_max_length=6, backend="reference"
+    )
+    model = STDiT2(config).train()
+    for p in model.parameters():  # zero-initialised layers would hide what comes before them
+        if p.count_nonzero() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return model
+
+
+def make_inputs(samples: int, frames: int, rows: int, columns: int, masked: bool):
+    """(latents, timesteps, noise, mask, the model's arguments) of whole videos."""
+    generator = torch.Generator().manual_seed(samples * 1000 + frames)
+    shape = samples, 4, frames, rows, columns
+    latents, noise = torch.randn(2, *shape, generator=generator)
+    mask = torch.rand(samples, frames, generator=generator) < 0.6 if masked else torch.ones(samples, frames).bool()
+    if masked:
+        mask[0, 1], mask[-1, :3] = True, False  # one rank may have no frame that counts
+    one = torch.ones(samples)
+    arguments = {
+        "y": torch.randn(samples, 1, 6, 16, generator=generator),
+        "mask": torch.arange(6) < torch.randint(1, 7, (samples, 1), generator=generator),
+        "num_frames": one * frames,
+        "height": one * 8 * rows,
+        "width": one * 8 * columns,
+        "ar": one * rows / columns,
+        "fps": one * 8,
+        "drop_caption": torch.arange(samples) == 1,
+    }
+    return latents, torch.arange(samples) * 400, noise, mask, arguments
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@contextmanager
+def counted_collectives():
+    """[(name, bytes handed over)] of every collective on tensors in the meantime."""
+    calls, real = [], {}
+
+    def count(name):
+        def call(*args, **kwargs):
+            given = args[1] if name == "all_to_all_single" else args[0]
+            calls.append((name, given.numel() * given.element_size() if torch.is_tensor(given) else 0))
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in ("all_to_all_single", "all_to_all", "all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
+        real[name] = getattr(dist, name)
+        setattr(dist, name, count(name))
+    try:
+        yield calls
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+
+
+def compare(group, name: str, diffusion) -> dict:
+    """Errors of the group's loss and gradients against those of one process, and what travelled."""
+    samples, frames, rows, columns, masked, chunks, recomputed = CASES[name]
+    model = make_model()
+    latents, t, noise, mask, arguments = make_inputs(samples, frames, rows, columns, masked)
+    whole = diffusion.training_losses(model, latents, t, arguments, noise=noise, mask=mask)
+    whole["loss"].mean().backward()
+    want = gradients(model)
+
+    switch = FrameSwitch(group, frames, chunks)
+    own = switch.frames
+    model.set_checkpointing(recomputed)
+    with split_frames(model, switch), counted_collectives() as forward:
+        part = diffusion.training_losses(
+            model, latents[:, :, own], t, arguments, noise=noise[:, :, own], mask=mask[:, own], counted=mask.sum(1)
+        )
+    with counted_collectives() as backward:
+        part["loss"].mean().backward()
+    got = gradients(model)
+    errors = {}
+    for key in ("loss", "mse", "vb"):
+        total = part[key].detach().clone()
+        dist.all_reduce(total, group=group.device)
+        errors[key] = float((total - whole[key].detach()).abs().max() / whole[key].detach().abs().max())
+    for key, value in want.items():
+        total = got[key]
+        dist.all_reduce(total, group=group.device)
+        errors[key] = float((total - value).norm() / value.norm().clamp(min=1e-4))
+    unit = latents[:, :, own].numel() // 4 // 4 * CHANNELS * 4  # tokens of 2 x 2 latents, CHANNELS float32 values
+    return {
+        "errors": errors,
+        "missing": sorted(want.keys() - got.keys()),
+        "unit": unit,
+        "forward": forward,
+        "backward": backward,
+        "recomputed": recomputed,
+    }
+
+
+def predictions(group) -> float:
+    """Largest difference of predictions without gradients, legacy final layer and norms, with an x_mask."""
+    torch.manual_seed(1)
+    model = make_model().eval()
+    model.config.final_layer_legacy = True
+    latents, t, _, mask, arguments = make_inputs(2, 6, 6, 6, True)
+    with torch.no_grad():
+        whole = model(latents, t, x_mask=mask, **arguments)
+        switch = FrameSwitch(group, 6)
+        with split_frames(model, switch):
+            part = model(latents[:, :, switch.frames], t, x_mask=mask[:, switch.frames], **arguments)
+    return float((part - whole[:, :, switch.frames]).abs().max() / whole.abs().max())
+
+
+def refusals(processes: Processes, group) -> dict[str, str]:
+    def message(function) -> str:
+        try:
+            function()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    model = make_model()
+    latents, t, _, _, arguments = make_inputs(1, 4, 2, 2, False)
+
+    def too_few_positions():
+        with split_frames(model, FrameSwitch(group, 4)):
+            model(latents[:, :, :1], t, **arguments)
+
+    return {
+        "not a size": message(lambda: SequenceGroups(processes, [3])),
+        "does not divide": message(lambda: SequenceGroups(processes, [8])),
+        "too few positions": message(too_few_positions),
+    }
+
+
+def work(folder: Path, rank: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    processes = Processes(rank, world_size, torch.device("cpu"))
+    groups = SequenceGroups(processes, [1, 2, 4])
+    result = {"cases": {}}
+    for size in (2, 4):
+        group = groups[size]
+        assert (group.first, group.rank) == (rank // size * size, rank % size)
+        for name in CASES:
+            diffusion = SpeeDiT() if name == "even" else IDDPM()
+            result["cases"][f"{size}: {name}"] = compare(group, name, diffusion)
+        result[f"prediction {size}"] = predictions(group)
+        result[f"largest {size}"] = [group.largest(10 + rank), group.first + size + 9]
+    result["refusals"] = refusals(processes, groups[world_size])
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Forks after the imports, which take longer than the work."""
+    folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
+    import_colossalai()
+    children = []
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            work(folder, rank, world_size)
+            return 0
+        children.append(child)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

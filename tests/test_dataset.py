@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.pixels import from_pixels
 from stdit_fast.media.read import decode_clip, decode_image
 from stdit_fast.train.bad_samples import BadSamples, TooManyBadSamples
 from stdit_fast.train.buckets import Buckets
@@ -92,7 +93,7 @@ def damaged(tmp_path_factory) -> Data:
 def test_shapes_types_and_conditions_of_a_video_batch(good):
     batch = good.dataset(posterior_noise=True)[good.request(4, [3, 0])]
     expected = {
-        "video": ((2, 3, 4, 48, 48), torch.float32),
+        "pixels": ((2, 4, 48, 48, 3), torch.uint8),
         "x_mask": ((2, 4), torch.bool),
         "timestep": ((2,), torch.int64),
         "noise": ((2, 4, 4, 6, 6), torch.float32),
@@ -107,12 +108,11 @@ def test_shapes_types_and_conditions_of_a_video_batch(good):
     assert [batch[key][0].item() for key in ("num_frames", "height", "width", "ar")] == [4, 48, 48, 1]
     assert batch["fps"].tolist() == pytest.approx([9.99, 9.99])
     assert not torch.equal(batch["noise"], batch["posterior_noise"])
-    assert batch["video"].min() >= -1 and batch["video"].max() <= 1
 
 
 def test_sizes_that_eight_does_not_divide_round_down(good):
     batch = good.dataset()[good.request(4, [0], aspect="0.50")]
-    assert batch["video"].shape == (1, 3, 4, 36, 68) and batch["noise"].shape == (1, 4, 4, 4, 8)
+    assert batch["pixels"].shape == (1, 4, 36, 68, 3) and batch["noise"].shape == (1, 4, 4, 4, 8)
     assert batch["ar"].item() == pytest.approx(36 / 68)
     assert batch["posterior_noise"] is None
 
@@ -123,7 +123,7 @@ def test_images_are_not_masked_and_have_their_own_frame_rate(good):
     assert batch["x_mask"].tolist() == [[True], [True]]
     assert batch["fps"].tolist() == [120, 120] and batch["num_frames"].tolist() == [1, 1]
     expected = decode_image(good.metadata.row(13).path, height=48, width=48)
-    torch.testing.assert_close(batch["video"][1], expected, rtol=0, atol=0)
+    torch.testing.assert_close(from_pixels(batch["pixels"])[1], expected, rtol=0, atol=0)
     assert not dataset[good.request(4, [0])]["x_mask"].any()
 
 
@@ -131,23 +131,22 @@ def test_a_sample_is_the_same_in_any_batch_and_another_in_the_next_epoch(good):
     dataset = good.dataset(posterior_noise=True)
     together = dataset[good.request(4, [1, 6, 2])]
     alone = good.dataset(posterior_noise=True)[good.request(4, [6])]
-    for key in ("video", "x_mask", "timestep", "noise", "posterior_noise", "drop_caption", "fps"):
+    for key in ("pixels", "x_mask", "timestep", "noise", "posterior_noise", "drop_caption", "fps"):
         assert torch.equal(together[key][1], alone[key][0]), key
     later = dataset[good.request(4, [6], epoch=1)]
     other = good.dataset(seed=6)[good.request(4, [6])]
     for batch in (later, other):
         assert not torch.equal(batch["noise"], alone["noise"])
-        assert not torch.equal(batch["video"], alone["video"])
+        assert not torch.equal(batch["pixels"], alone["pixels"])
 
 
 def test_crops_start_anywhere_that_leaves_enough_frames(good, monkeypatch):
     starts = []
 
-    def remember(path, *, start, **rest):
-        starts.append(start)
-        return torch.zeros(3, 4, 48, 48)
+    def remember(pixels, path, indices):
+        starts.append(indices[0])
 
-    monkeypatch.setattr("stdit_fast.train.dataset.decode_clip", remember)
+    monkeypatch.setattr("stdit_fast.train.dataset.decode_frames_into", remember)
     dataset = good.dataset()
     for epoch in range(400):
         dataset[good.request(4, [0, 1, 2], epoch=epoch)]
@@ -156,14 +155,14 @@ def test_crops_start_anywhere_that_leaves_enough_frames(good, monkeypatch):
 
 
 def test_the_crop_is_what_the_file_shows(good):
-    video = good.dataset()[good.request(4, [2])]["video"][0]
+    video = from_pixels(good.dataset()[good.request(4, [2])]["pixels"])[0]
     clip = decode_clip(DATA / "carphone_pristine.mp4", start=0, num_frames=120, frame_interval=1, height=48, width=48)
     matches = [start for start in range(111) if torch.equal(video, clip[:, start : start + 10 : FRAME_INTERVAL])]
     assert len(matches) == 1
 
 
 def test_random_draws_have_their_shares(good, monkeypatch):
-    monkeypatch.setattr("stdit_fast.train.dataset.decode_clip", lambda path, **rest: torch.zeros(3, 4, 48, 48))
+    monkeypatch.setattr("stdit_fast.train.dataset.decode_frames_into", lambda pixels, path, indices: None)
     dataset = good.dataset(caption_dropout=0.2)
     batches = [dataset[good.request(4, list(range(8)), epoch=epoch)] for epoch in range(150)]
     dropped = torch.cat([b["drop_caption"] for b in batches]).float().mean()
@@ -182,7 +181,7 @@ def test_a_bad_clip_is_replaced_by_a_spare_with_its_own_randomness(damaged, row,
     assert batch["text"] == ["caption 1", "caption 0"]
     expected = dataset[damaged.request(4, [1])]
     assert torch.equal(batch["noise"][0], expected["noise"][0])
-    assert torch.equal(batch["video"][0], expected["video"][0])
+    assert torch.equal(batch["pixels"][0], expected["pixels"][0])
     (bad,) = batch["bad"]
     assert bad["sample"] == row and bad["path"] == damaged.metadata.row(row).path
     assert bad["reason"].startswith(reason)
@@ -191,7 +190,7 @@ def test_a_bad_clip_is_replaced_by_a_spare_with_its_own_randomness(damaged, row,
 def test_bad_spares_and_then_good_samples_of_the_batch(damaged):
     batch = damaged.dataset()[damaged.request(4, [2, 0], spares=[3, 4])]
     assert batch["samples"].tolist() == [0, 0]
-    assert torch.equal(batch["video"][0], batch["video"][1])
+    assert torch.equal(batch["pixels"][0], batch["pixels"][1])
     assert [bad["sample"] for bad in batch["bad"]] == [2, 3, 4]
 
 
@@ -205,7 +204,7 @@ def test_an_image_in_a_video_bucket_and_a_clip_in_an_image_bucket(damaged):
     assert batch["bad"][0]["reason"] == "too short: an image, where 4 frames are needed"
     still = damaged.dataset()[damaged.request(1, [0])]
     first = decode_clip(DATA / "carphone_pristine.mp4", start=0, num_frames=1, frame_interval=1, height=48, width=48)
-    assert torch.equal(still["video"][0], first) and still["bad"] == []
+    assert torch.equal(from_pixels(still["pixels"])[0], first) and still["bad"] == []
 
 
 def test_no_good_sample_names_the_bucket_and_the_reasons(damaged):

@@ -427,7 +427,7 @@ def test_the_loss_is_that_of_the_encoders(trainer, table, tmp_path, real_encoder
     for ours, theirs in zip(first_batches(offline, 6), first_batches(online, 6), strict=True):
         for key in ("noise", "timestep", "x_mask", "drop_caption", "fps", "ar", "samples"):
             assert torch.equal(ours[key], theirs[key]), key
-        assert "video" not in ours and "posterior_noise" not in ours
+        assert "pixels" not in ours and "posterior_noise" not in ours
         with torch.no_grad():
             got = offline.losses(online.state.model, ours)["loss"]
             want = online.losses(online.state.model, theirs)["loss"]
@@ -462,7 +462,7 @@ def test_validation_and_samples_beside_features(trainer, features, table):
     other = trainer(
         "other", steps=1, **{"features.path": features, "validation.every": 1, "validation.data_path": table}
     )
-    assert other.vae is not None and "video" in other.validation.data.dataset[other.validation.requests[0]]
+    assert other.vae is not None and "pixels" in other.validation.data.dataset[other.validation.requests[0]]
     stored = {"features.path": features, "features.validation_path": features}
     third = trainer("third", steps=1, **stored, **{"validation.every": 1, "validation.data_path": table})
     assert third.vae is None and "latents" in third.validation.data.dataset[third.validation.requests[0]]

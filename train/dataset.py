@@ -1,5 +1,6 @@
 """From a request of the sampler to a batch of clips, captions and everything random that belongs to them."""
 
+import math
 import os
 import signal
 import threading
@@ -9,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from stdit_fast.media.read import BadSample, decode_clip, decode_image, is_image
+from stdit_fast.media.read import BadSample, decode_frames_into, decode_image_into, is_image
 from stdit_fast.model.config import IMAGE_FPS
 from stdit_fast.train.buckets import Bucket, Buckets
 from stdit_fast.train.features import Features
@@ -31,7 +32,8 @@ class VideoTextDataset(Dataset):
     ranks and after any resume.
 
     A batch is a dict of tensors on the CPU, stacked over the B samples of one bucket:
-    video float32 [B, 3, T, H, W] in [-1, 1]; text list[str]; x_mask bool [B, T], False where a frame is a condition;
+    pixels uint8 [B, T, H, W, 3] (`from_pixels` makes a video of them); text list[str]; x_mask bool [B, T], False where
+    a frame is a condition;
     timestep int64 [B]; noise float32 [B, C, T, H//8, W//8]; posterior_noise, shaped alike, or None; drop_caption bool
     [B]; num_frames, height, width (pixels), ar (height / width), fps (frames a second that are shown; 120 for images),
     float32 [B]; samples int64 [B], the rows that were used; bucket, its index; request, the BatchRequest; bad, a list
@@ -47,7 +49,7 @@ class VideoTextDataset(Dataset):
         caption_dropout: share of the samples that are trained without their caption.
         latent_channels, downsample: channels of the autoencoder's latents, and pixels of a side for one of theirs.
         posterior_noise: whether the autoencoder draws its latents, and batches bring the noise for it.
-        features: what was encoded before; no file of a sample is opened then. Batches have, instead of video and
+        features: what was encoded before; no file of a sample is opened then. Batches have, instead of pixels and
             posterior_noise, latents float32 [B, C, T, H//8, W//8], text_states [sum of tokens, channels] (bfloat16 or
             float32, the captions one after another) and tokens int64 [B]; all the rest is drawn as without features.
     """
@@ -84,29 +86,42 @@ class VideoTextDataset(Dataset):
         """
         bucket = self.buckets[request.bucket]
         spares, bad = self._usable(request.spares.tolist(), bucket), []
-        good = [self._load_or_replace(row, spares, request.epoch, bucket, bad) for row in request.samples.tolist()]
-        usable = [item for item in good if item is not None]
+        rows = request.samples.tolist()
+        pixels = None if self.features is not None else empty_pixels(len(rows), bucket)
+        places = [None] * len(rows) if pixels is None else list(pixels.numpy())
+        good = [
+            self._load_or_replace(row, spares, request.epoch, bucket, bad, place)
+            for row, place in zip(rows, places, strict=True)
+        ]
+        usable = [i for i, item in enumerate(good) if item is not None]
         if not usable:
             raise NoGoodSample(_no_good_sample(bucket, bad))
-        items = [item or usable[i % len(usable)] for i, item in enumerate(good)]
-        batch = {key: _join(key, [item[key] for item in items]) for key in items[0]}
+        used = [i if item is not None else usable[i % len(usable)] for i, item in enumerate(good)]
+        batch = {key: _join(key, [good[i][key] for i in used]) for key in good[usable[0]]}
+        if pixels is not None:
+            for place, i in enumerate(used):
+                if place != i:
+                    pixels[place] = pixels[i]
+            batch["pixels"] = pixels
         return batch | {"bucket": request.bucket, "request": request, "bad": bad}
 
     def _usable(self, spares: list[int], bucket: Bucket) -> Iterator[int]:
         """Those that can be had in the bucket's size: features may not have it of samples of other buckets."""
         return (row for row in spares if self.features is None or self.features.holds(row, bucket))
 
-    def _load_or_replace(self, row: int, spares, epoch: int, bucket: Bucket, bad: list[dict]) -> dict | None:
+    def _load_or_replace(self, row: int, spares, epoch: int, bucket: Bucket, bad: list[dict], place) -> dict | None:
         while row is not None:
             sample = self.metadata.row(row)
             try:
-                return self._load(sample, epoch, bucket)
+                return self._load(sample, epoch, bucket, place)
             except BadSample as error:
                 bad.append({"sample": row, "path": sample.path, "reason": error.reason})
             row = next(spares, None)
         return None
 
-    def _load(self, sample: Sample, epoch: int, bucket: Bucket) -> dict[str, Any]:
+    def _load(self, sample: Sample, epoch: int, bucket: Bucket, place: np.ndarray | None) -> dict[str, Any]:
+        """All of a sample but its pixels, which are written to `place`, [T, H, W, 3], unless there are features."""
+
         def rng(purpose: str) -> np.random.Generator:
             return sample_rng(self.seed, epoch, sample.index, purpose)
 
@@ -119,8 +134,8 @@ class VideoTextDataset(Dataset):
 
         if self.features is None:
             start = clip_start(sample, bucket, self.frame_interval, rng("crop"))
-            content = {"video": read_clip(sample, bucket, start, self.frame_interval)}
-            content["posterior_noise"] = normal("posterior_noise") if self.posterior_noise else None
+            read_clip(place, sample, bucket, start, self.frame_interval)
+            content = {"posterior_noise": normal("posterior_noise") if self.posterior_noise else None}
         else:
             content = self.features.load(sample.index, bucket, epoch, lambda: normal("posterior_noise"))
         return content | {
@@ -144,25 +159,35 @@ def clip_start(sample: Sample, bucket: Bucket, frame_interval: int, rng: np.rand
     return 0 if bucket.is_image or spare_frames < 1 else int(rng.integers(spare_frames))
 
 
-def read_clip(sample: Sample, bucket: Bucket, start: int, frame_interval: int) -> torch.Tensor:
-    """A sample's frames from `start` on as its bucket wants them: float32 [3, T, H, W] in [-1, 1].
+def empty_pixels(count: int, bucket: Bucket) -> torch.Tensor:
+    """uint8 [count, T, H, W, 3] for clips of a bucket, where a data worker's parent finds them without a copy."""
+    shape = count, bucket.num_frames, bucket.height, bucket.width, 3
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    shared = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(shared).view(shape)
+
+
+def read_clip(pixels: np.ndarray, sample: Sample, bucket: Bucket, start: int, frame_interval: int) -> None:
+    """Writes a sample's frames from `start` on, as its bucket wants them, into `pixels`, uint8 [T, H, W, 3].
 
     Raises:
-        BadSample: the file cannot be used, or has too few frames.
+        BadSample: the file cannot be used, or has too few frames; `pixels` hold anything then.
     """
-    size = {"height": bucket.height, "width": bucket.width}
     if is_image(sample.path):
         if not bucket.is_image:
             raise BadSample(f"too short: an image, where {bucket.num_frames} frames are needed")
-        return decode_image(sample.path, **size)
+        decode_image_into(pixels, sample.path)
+        return
     if bucket.is_image:
         try:  # an image may have any name; else it is a clip of one frame
-            return decode_image(sample.path, **size)
+            decode_image_into(pixels, sample.path)
         except BadSample:
-            return decode_clip(sample.path, start=0, num_frames=1, frame_interval=1, **size)
+            decode_frames_into(pixels, sample.path, np.zeros(1, dtype=np.int64))
+        return
     if sample.num_frames <= (bucket.num_frames - 1) * frame_interval:
         raise BadSample(f"too short: {sample.num_frames} frames")
-    return decode_clip(sample.path, start=start, num_frames=bucket.num_frames, frame_interval=frame_interval, **size)
+    decode_frames_into(pixels, sample.path, start + np.arange(bucket.num_frames) * frame_interval)
 
 
 def _join(key: str, values: list) -> Any:

@@ -101,6 +101,7 @@ def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
 
 def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
     """Writes the loss curve and a contact sheet of training batches with their condition frames; name -> path."""
+    from stdit_fast.media.pixels import from_pixels
     from stdit_fast.parallel.processes import launch
     from stdit_fast.train.build import build_data, build_diffusion, build_encoders
     from stdit_fast.train.config import parse
@@ -119,8 +120,9 @@ def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
         if bucket.num_frames == 1 or batch["x_mask"].all() or any(p.title.endswith(bucket.name) for p in panels):
             continue  # one batch of each of several video buckets, with condition frames in it
         with torch.no_grad():
-            decoded = vae.decode(vae.encode(batch["video"].to(processes.device))).float().cpu()
-        cut = batch["video"][..., : decoded.shape[-2], : decoded.shape[-1]]
+            video = from_pixels(batch["pixels"])
+            decoded = vae.decode(vae.encode(video.to(processes.device))).float().cpu()
+        cut = video[..., : decoded.shape[-2], : decoded.shape[-1]]
         panels.append(Panel(cut, batch["x_mask"], batch["text"], f"bucket {bucket.name}", decoded=decoded))
         if len(panels) == PANELS:
             break

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, draw_latents
 from stdit_fast.encoders.text import TextEncoder
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.pixels import from_pixels
 from stdit_fast.media.read import BadSample
 from stdit_fast.parallel.processes import Processes, launch
 from stdit_fast.train.bad_samples import BadSamples, TooManyBadSamples
@@ -355,9 +356,9 @@ class Encoder:
 
     def clips(self, batch: dict) -> Tensor | None:
         """float32 [k, P, C, T, h, w] on the CPU of a batch of ClipDataset; None where it has no clip."""
-        if batch["video"] is None:
+        if batch["pixels"] is None:
             return None
-        posterior = self.vae.posterior(batch["video"].to(self.device, non_blocking=True))
+        posterior = self.vae.posterior(from_pixels(batch["pixels"].to(self.device, non_blocking=True)))
         if self.codec.posterior == "sample":
             # Neither shifted nor scaled: that comes when it is read, as for a mean.
             posterior = draw_latents(*posterior.unbind(1), batch["noise"].to(self.device), 0.0, 1.0)[:, None]

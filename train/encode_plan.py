@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.read import BadSample
 from stdit_fast.train.buckets import Bucket, Buckets
-from stdit_fast.train.dataset import clip_start, read_clip
+from stdit_fast.train.dataset import clip_start, empty_pixels, read_clip
 from stdit_fast.train.metadata import Metadata
 from stdit_fast.train.randomness import sample_rng
 from stdit_fast.train.shards import Codec, size_of
@@ -143,9 +143,9 @@ class ClipDataset(Dataset):
 
     Crop n begins where training without features begins it in epoch n, and has that epoch's noise.
 
-    A batch is a dict: video float32 [k, 3, T, H, W] in [-1, 1] of the k clips that can be used, None where there is
-    none; noise float32 [k, C, T, h, w], where one sample of a posterior is stored, else None; samples, crops, starts,
-    lists of their rows, crops and first frames; bad, dicts of sample, path, reason, crop of the others; request.
+    A batch is a dict: pixels uint8 [k, T, H, W, 3] of the k clips that can be used, None where there is none; noise
+    float32 [k, C, T, h, w], where one sample of a posterior is stored, else None; samples, crops, starts, lists of
+    their rows, crops and first frames; bad, dicts of sample, path, reason, crop of the others; request.
 
     Args:
         metadata, seed, frame_interval: as training has them.
@@ -156,12 +156,14 @@ class ClipDataset(Dataset):
         self.metadata, self.seed, self.frame_interval, self.codec = metadata, seed, frame_interval, codec
 
     def __getitem__(self, request: ClipRequest) -> dict:
-        batch = {key: [] for key in ("video", "noise", "samples", "crops", "starts", "bad")}
+        batch = {key: [] for key in ("noise", "samples", "crops", "starts", "bad")}
+        pixels = empty_pixels(len(request.samples), request.bucket)
         for row, crop in zip(request.samples, request.crops, strict=True):
             sample = self.metadata.row(row)
             start = clip_start(sample, request.bucket, self.frame_interval, sample_rng(self.seed, crop, row, "crop"))
             try:
-                batch["video"].append(read_clip(sample, request.bucket, start, self.frame_interval))
+                place = pixels[len(batch["samples"])].numpy()
+                read_clip(place, sample, request.bucket, start, self.frame_interval)
             except BadSample as error:
                 batch["bad"].append({"sample": row, "path": sample.path, "reason": error.reason, "crop": crop})
                 continue
@@ -169,8 +171,8 @@ class ClipDataset(Dataset):
                 batch["noise"].append(self._noise(request.bucket, row, crop))
             for key, value in (("samples", row), ("crops", crop), ("starts", start)):
                 batch[key].append(value)
-        for key in ("video", "noise"):
-            batch[key] = torch.stack(batch[key]) if batch[key] else None
+        batch["noise"] = torch.stack(batch["noise"]) if batch["noise"] else None
+        batch["pixels"] = pixels[: len(batch["samples"])] if batch["samples"] else None
         return batch | {"request": request}
 
     def _noise(self, bucket: Bucket, row: int, crop: int) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.pixels import from_pixels
 from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint
@@ -156,7 +157,8 @@ class Trainer:
             text = pad_texts(states, batch["tokens"], self.text_encoder.max_length, encoder_dtype(self.device))
         else:
             with torch.no_grad():
-                latents = self.vae.encode(on_device["video"], on_device.get("posterior_noise")).float()
+                video = from_pixels(on_device["pixels"])
+                latents = self.vae.encode(video, on_device.get("posterior_noise")).float()
                 text = self.text_encoder.encode(batch["text"])
         scalars = {key: on_device[key] for key in ("num_frames", "height", "width", "ar", "fps")}
         arguments = {"y": text.states, "mask": text.mask, "drop_caption": on_device["drop_caption"], **scalars}

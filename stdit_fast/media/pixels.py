@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 
 
-def from_pixels(pixels: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] to float32 [3, T, H, W] in [-1, 1]."""
-    channels_first = np.ascontiguousarray(pixels.transpose(3, 0, 1, 2))
-    return torch.from_numpy(channels_first).to(torch.float32).div_(127.5).sub_(1)
+def from_pixels(pixels: np.ndarray | Tensor) -> Tensor:
+    """uint8 [..., T, H, W, 3] to float32 [..., 3, T, H, W] in [-1, 1], on the same device."""
+    if isinstance(pixels, Tensor) and pixels.is_cuda:
+        channels_first = pixels.movedim(-1, -4).contiguous()
+    else:  # NumPy is twice as fast at it
+        channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(pixels), -1, -4)))
+    return channels_first.to(torch.float32).div_(127.5).sub_(1)
 
 
 def to_pixels(video: Tensor) -> np.ndarray:

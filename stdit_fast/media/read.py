@@ -118,6 +118,12 @@ def decode_clip(
 def decode_frames(path: str | Path, indices: np.ndarray, *, height: int, width: int) -> torch.Tensor:
     """The frames of a clip with these indices (int, ascending, none twice), otherwise as `decode_clip`."""
     pixels = np.empty((len(indices), height, width, 3), dtype=np.uint8)
+    decode_frames_into(pixels, path, indices)
+    return from_pixels(pixels)
+
+
+def decode_frames_into(pixels: np.ndarray, path: str | Path, indices: np.ndarray) -> None:
+    """As `decode_frames`, into `pixels`, uint8 [T, H, W, 3]; after a BadSample they hold anything."""
     try:
         with open_video(path) as (container, stream):
             frames = _seek_frames(container, stream, indices)
@@ -127,7 +133,6 @@ def decode_frames(path: str | Path, indices: np.ndarray, *, height: int, width: 
             filled = _fill(pixels, _count_frames(container, stream, indices))
     if filled < len(indices):
         raise BadSample(f"too short: frame {indices[filled]} is not there")
-    return from_pixels(pixels)
 
 
 def decode_image(path: str | Path, *, height: int, width: int) -> torch.Tensor:
@@ -141,16 +146,27 @@ def decode_image(path: str | Path, *, height: int, width: int) -> torch.Tensor:
     Raises:
         BadSample: the file is missing, empty or corrupt.
     """
+    pixels = np.empty((1, height, width, 3), dtype=np.uint8)
+    decode_image_into(pixels, path)
+    return from_pixels(pixels)
+
+
+def decode_image_into(pixels: np.ndarray, path: str | Path) -> None:
+    """As `decode_image`, into `pixels`, uint8 [1, H, W, 3]."""
     with open_image(path) as opened:
         image = upright_rgb(opened)
-    return fit_image(image, height=height, width=width)
+    pixels[0] = _fitted(image, *pixels.shape[1:3])
 
 
 def fit_image(image: Image.Image, *, height: int, width: int) -> torch.Tensor:
     """What `decode_image` does after decoding, to an RGB image that stands upright."""
+    return from_pixels(_fitted(image, height, width)[None])
+
+
+def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3]."""
     fit = cover(image.height, image.width, height, width)
-    resized = np.asarray(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC))
-    return from_pixels(fit.crop(resized)[None])
+    return fit.crop(np.asarray(image.resize((fit.width, fit.height), Image.Resampling.BICUBIC)))
 
 
 @dataclass(frozen=True)
@@ -300,9 +316,16 @@ def _fill(pixels: np.ndarray, frames: Iterator[av.VideoFrame]) -> int:
             interpolation=RESIZING,
             dst_color_range=ColorRange.JPEG,
             threads=1,
-        ).to_ndarray()
-        pixels[filled - 1] = fit.crop(np.rot90(converted, turns))
+        )
+        pixels[filled - 1] = fit.crop(np.rot90(_view(converted), turns))
     return filled
+
+
+def _view(frame: av.VideoFrame) -> np.ndarray:
+    """The pixels of an rgb24 frame, [H, W, 3], where they lie."""
+    plane = frame.planes[0]
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(plane.height, plane.line_size)
+    return rows[: frame.height, : 3 * frame.width].reshape(frame.height, frame.width, 3)
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:

@@ -1,8 +1,10 @@
-"""What the processor does for training: an epoch's plan, and a clip from its file to a tensor."""
+"""What the processor does for training: an epoch's plan, and a clip from its file to pixels."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from stdit_fast.benchmarks.bench_sampler import FRAME_INTERVAL, bucket_table, synthetic_sizes
 from stdit_fast.benchmarks.peers import Absent
@@ -63,4 +65,5 @@ def prepare_decoding(source: tuple, target: tuple) -> Callable[[], object]:
     sample = Sample(0, str(path), "", frames, height, width, 25.0)
     resolution, length, *size = target
     bucket = Bucket(resolution, length, "", *size, 1.0, 1)
-    return lambda: read_clip(sample, bucket, frames // 4, FRAME_INTERVAL)
+    pixels = np.empty((length, *size, 3), dtype=np.uint8)
+    return lambda: read_clip(pixels, sample, bucket, frames // 4, FRAME_INTERVAL)

@@ -9,7 +9,6 @@ from torch import Tensor
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks import peers
 from stdit_fast.benchmarks.registry import Case
-from stdit_fast.ops.ema_update import ema_update
 
 CPU_CONFIG = {"depth": 1, "hidden_size": 144, "num_heads": 2, "caption_channels": 64}
 # float32: the norm reads g; AdamW reads p, g, m, v and writes p, m, v; the average is read and written.
@@ -53,9 +52,9 @@ def prepare(find: Callable[[], Stepper], ours: bool, device: str) -> Callable[[]
     weights = [torch.randn(s, device=device, generator=generator).requires_grad_() for s in shapes(device)]
     for w in weights:
         w.grad = torch.randn(w.shape, device=device, generator=generator)
-    averages = [torch.zeros_like(w) for w in weights]
     step = stepper(weights)
     plain = [w.detach() for w in weights]
+    averages, average = _average(plain, ours)
 
     def norm_of(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
@@ -64,10 +63,7 @@ def prepare(find: Callable[[], Stepper], ours: bool, device: str) -> Callable[[]
     def call() -> None:
         torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
         step()
-        if ours:
-            ema_update(averages, plain, DECAY)
-        else:
-            torch._foreach_lerp_(averages, plain, 1 - DECAY)
+        average()
 
     call()
     first = torch.stack([norm_of(plain), norm_of(averages)])
@@ -77,6 +73,17 @@ def prepare(find: Callable[[], Stepper], ours: bool, device: str) -> Callable[[]
         return first
 
     return timed
+
+
+def _average(weights: list[Tensor], ours: bool) -> tuple[list[Tensor], Callable[[], None]]:
+    """(averages, a call that moves them): training's own, or PyTorch's one call for all tensors."""
+    if ours:
+        from stdit_fast.train.ema import EMA
+
+        ema = EMA(weights, DECAY)
+        return ema.averages, lambda: ema.update(weights)
+    averages = [w.clone() for w in weights]
+    return averages, lambda: torch._foreach_lerp_(averages, weights, 1 - DECAY)
 
 
 def _torch(**options: bool) -> Stepper:

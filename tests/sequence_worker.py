@@ -1,12 +1,14 @@
-"""What the processes of tests/test_sequence_parallel.py run: python sequence_worker.py FOLDER PROCESSES.
+"""What the processes of tests/test_sequence_parallel.py run: python sequence_worker.py FOLDER PROCESSES PORT ARGUMENTS.
 
-Every case is computed twice: by one process alone, and by the group. What differs goes into FOLDER/RANK.json.
+Every case is computed twice: by one process alone, and by the group. What differs goes into FOLDER/RANK.json. ARGUMENTS
+is the command line of a training run, as JSON.
 """
 
 import json
 import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +17,7 @@ import torch.distributed as dist
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.diffusion import IDDPM, SpeeDiT
 from stdit_fast.parallel.groups import SequenceGroups
-from stdit_fast.parallel.processes import Processes, import_colossalai
+from stdit_fast.parallel.processes import Processes, import_colossalai, launch
 from stdit_fast.parallel.sequence import FrameSwitch, split_frames
 
 # name: (samples, frames, height, width of the latents, masked, pieces of a rank's positions, blocks recomputed)
@@ -167,10 +169,73 @@ def refusals(processes: Processes, group) -> dict[str, str]:
     }
 
 
-def work(folder: Path, rank: int, world_size: int) -> None:
+def training(arguments: list[str], processes: Processes) -> dict:
+    """A step's gradients against those of its batches on one process, and a short run."""
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
+
+    one = Trainer(parse(arguments))
+    torch.manual_seed(0)
+    for p in one.state.model.parameters():
+        if p.count_nonzero() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    batches = iter(one.data.loader(one.config, pin_memory=False))
+    kinds, losses, errors = [], [], []
+    update = one._update
+    for _ in range(3):
+        pairs = [next(batches) for _ in range(one.config.grad_accumulation)]
+        found = {}
+        one._update = lambda *_, found=found: found.update(gradients(one.state.model)) or 1.0
+        one.metrics = None
+        one.train_step(iter(pairs))
+        requests = [
+            b["request"] for part in processes.gather_objects([dict(request=b["request"]) for b in pairs]) for b in part
+        ]
+        whole = {(r.index, r.bucket): r for r in requests}.values()
+        kinds.append(sorted(r.parts for r in whole))
+        assert {r.step_batches for r in requests} == {len(whole)}
+        for request in whole:
+            batch = one.data.dataset[replace(request, parts=1, part=0)]
+            loss = one.losses(one.state.model, batch)["loss"].mean() / len(whole)
+            loss.backward()
+            losses.append(float(loss.detach()))
+        want = gradients(one.state.model)
+        errors += [float((found[k] - g).norm() / g.norm().clamp(min=1e-4)) for k, g in want.items()]
+    del one._update
+    assert one._update == update
+    return {"kinds": kinds, "worst": max(errors), "gradients": len(errors)}
+
+
+def short_run(arguments: list[str]) -> dict:
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
+
+    one = Trainer(parse(arguments))
+    path = one.train()
+    return {"path": str(path), "step": one.step}
+
+
+def different_data(arguments: list[str], processes: Processes) -> str:
+    """What a rank is told whose caption is another one."""
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
+
+    one = Trainer(parse(arguments))
+    for batch in one.data.loader(one.config, pin_memory=False):
+        if batch["request"].parts > 1:
+            break
+    batch["fingerprint"] += processes.rank == 1
+    try:
+        one.losses(one.state.model, batch)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def work(folder: Path, rank: int, arguments: list[str]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    processes = Processes(rank, world_size, torch.device("cpu"))
+    processes = launch(0)
     groups = SequenceGroups(processes, [1, 2, 4])
     result = {"cases": {}}
     for size in (2, 4):
@@ -181,21 +246,27 @@ def work(folder: Path, rank: int, world_size: int) -> None:
             result["cases"][f"{size}: {name}"] = compare(group, name, diffusion)
         result[f"prediction {size}"] = predictions(group)
         result[f"largest {size}"] = [group.largest(10 + rank), group.first + size + 9]
-    result["refusals"] = refusals(processes, groups[world_size])
+    result["refusals"] = refusals(processes, groups[processes.world_size])
+    result["training"] = training(arguments, processes)
+    result["different data"] = different_data(arguments, processes)
+    result["run"] = short_run(arguments)
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    processes.close()
 
 
 def main() -> int:
     """Forks after the imports, which take longer than the work."""
-    folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
+    folder, world_size, port = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    arguments = json.loads(sys.argv[4])
     import_colossalai()
+    import stdit_fast.train.trainer  # noqa: F401
+
+    os.environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     children = []
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
-            work(folder, rank, world_size)
+            work(folder, rank, arguments)
             return 0
         children.append(child)
     return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)

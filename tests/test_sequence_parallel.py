@@ -2,30 +2,67 @@
 
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import test_training
+import torch
+from safetensors.torch import load_file
 from sequence_worker import DEPTH
+from test_training import arguments
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.parallel.groups import check_split
 from stdit_fast.parallel.sequence import bounds
 
+MASKS = "{mask_no: 0.4, mask_quarter_head: 0.3, mask_quarter_random: 0.3}"
+table = test_training.table  # a fixture
 WORKER = Path(__file__).with_name("sequence_worker.py")
 
 
 PROCESSES = 4  # with groups of 2 and of 4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_it_was():
+    """Runs in this process leave it as it was, for those in processes of their own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = set(os.environ)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name in set(os.environ) - environment:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def run_arguments(table, tmp_path_factory):
+    """A run of 2 steps whose batches need 1, 2 and 4 ranks, from a checkpoint of one process that shares nothing."""
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
+
+    folder = tmp_path_factory.mktemp("run")
+    started = Trainer(parse(arguments(table, folder / "alone", steps=1))).train()
+    buckets = {"buckets": "{64p: {1: [1.0, 2], 4: [0.5, 2], 7: [1.0, 1]}}", "mask_ratios": MASKS}
+    shared = {"sequence_parallel": "{64p: {4: 2, 7: 4}}", "load": started, "grad_accumulation": 2}
+    return arguments(table, folder / "shared", steps=2, **buckets, **shared)
+
+
+@pytest.fixture(scope="module")
+def results(run_arguments, tmp_path_factory):
     """What each process found."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(WORKER), str(folder), str(PROCESSES)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    environment = os.environ | test_training.EXACT
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(WORKER), str(folder), str(PROCESSES), str(port), json.dumps(run_arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
@@ -66,6 +103,40 @@ def test_what_cannot_be_is_refused(results):
             said["does not divide"] == "sequence_parallel = 8: it must divide the number of processes, 4: use 1, 2, 4"
         )
         assert "4 frames of 1 tokens cannot be split" in said["too few positions"]
+
+
+def test_a_training_step_of_mixed_groups_is_that_of_one_process(results):
+    """Images on ranks of their own, clips on two, videos on four, in two micro-batches."""
+    for result in results:
+        found = result["training"]
+        assert found["gradients"] > 100 and found["worst"] <= 1e-5
+        assert set(sum(found["kinds"], [])) == {1, 2, 4}
+
+
+def test_ranks_that_see_different_data_are_told(results):
+    for result in results:
+        assert (
+            re.match(
+                r"sequence_parallel = [24]: the ranks that share a batch see different data \(checksums of rank [02]: ",
+                result["different data"],
+            )
+            or not result["different data"]
+        )
+    assert sum(bool(result["different data"]) for result in results) >= 2
+
+
+def test_checkpoints_move_between_groups_and_one_process(results, run_arguments, tmp_path):
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
+
+    assert [result["run"]["step"] for result in results] == [2] * PROCESSES
+    changes = ["--sequence_parallel", "1", "--steps", "3"]
+    one = Trainer(parse([*run_arguments, *changes]))
+    assert one.step == 2
+    weights = load_file(Path(results[0]["run"]["path"], "model", "model.safetensors"))
+    for name, master in zip(one.state.names, one.optimizer.masters, strict=True):
+        assert torch.equal(master, weights[name])
+    assert one.train().name == "step-00000003"
 
 
 def test_parts_differ_by_one_at_most():

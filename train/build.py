@@ -17,6 +17,7 @@ from stdit_fast.parallel.processes import Processes
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.config import TrainConfig, make_buckets, model_config
 from stdit_fast.train.dataset import VideoTextDataset, make_loader
+from stdit_fast.train.degrees import sequence_sizes
 from stdit_fast.train.features import Features, StoredTexts
 from stdit_fast.train.metadata import Metadata, load_metadata
 from stdit_fast.train.sampler import BucketSampler
@@ -83,6 +84,7 @@ def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data
         rank=processes.rank,
         grad_accumulation=config.grad_accumulation,
         drop_last=config.dataset.drop_last,
+        degrees=sequence_sizes(config.sequence_parallel, buckets, config.model.hidden_size, processes.world_size),
     )
     dataset = VideoTextDataset(
         metadata,

@@ -19,11 +19,12 @@ from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.degrees import check_setting
 from stdit_fast.train.shards import POSTERIORS, STORED_DTYPES
 
 logger = logging.getLogger(__name__)
 
-PLUGINS = ("auto", "zero2", "ddp")
+PLUGINS = ("auto", "zero2", "zero2-seq", "ddp")
 DTYPES = ("auto", "bf16", "fp32")
 MODEL_FORMATS = ("auto", "stdit-fast", "open-sora", "pixart")
 WEIGHTINGS = ("batch", "sample")
@@ -201,7 +202,10 @@ class TrainConfig:
         mask_ratios: share of each mask strategy, summing to 1.
         outputs: folder of the run: checkpoints/, samples/, metrics.jsonl, tensorboard/, bad_samples.jsonl.
         seed: of all randomness, together with epoch and sample.
-        plugin: "zero2" (GPU), "ddp" (CPU, gloo), "auto".
+        plugin: "zero2" (GPU), "zero2-seq" (GPU, batches may be shared by ranks), "ddp" (CPU, gloo), "auto".
+        sequence_parallel: how many ranks share a batch, each with some of its frames: 1, 2, 4 or 8, for buckets of so
+            many frames at least; or by bucket, {resolution: {num_frames: size}}, 1 where none is named; or "auto":
+            such that a batch of any bucket takes about as long.
         dtype: "bf16" with fp32 masters (zero2), "fp32" (ddp), "auto".
         steps: optimizer steps in all.
         grad_accumulation: batches a rank and step.
@@ -235,6 +239,7 @@ class TrainConfig:
     outputs: str = "outputs"
     seed: int = 42
     plugin: str = "auto"
+    sequence_parallel: int | dict | typing.Literal["auto"] = 1
     dtype: str = "auto"
     steps: int = 100000
     grad_accumulation: int = 1
@@ -342,7 +347,7 @@ def _check_command_line(arguments: list[str]) -> None:
         key = argument.partition("=")[0].removeprefix("--")
         if not argument.startswith("--") or key in ("config", "help") or key.startswith("print_"):
             continue
-        if key not in known and not key.startswith(("buckets.", "mask_ratios.")):
+        if key not in known and not key.startswith(("buckets.", "mask_ratios.", "sequence_parallel.")):
             raise ConfigError(key, "command line", f"there is no such key; {nearest(key, known)}")
 
 
@@ -389,8 +394,12 @@ def check(config: TrainConfig) -> None:
     _check_range(config, "dataset.max_bad_share", 0, 1)
     if config.vae.micro_batch_size is not None:
         _check_range(config, "vae.micro_batch_size", 1)
-    if config.plugin == "zero2" and config.dtype == "fp32":
-        raise ConfigError("dtype", "fp32", "zero2 trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp")
+    if config.plugin in ("zero2", "zero2-seq") and config.dtype == "fp32":
+        remedy = f"{config.plugin} trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp"
+        raise ConfigError("dtype", "fp32", remedy)
+    check_setting(config.sequence_parallel)
+    if config.plugin == "zero2" and config.sequence_parallel != 1:
+        raise ConfigError("sequence_parallel", config.sequence_parallel, "use it with plugin zero2-seq, ddp or auto")
     if config.plugin == "ddp" and config.dtype == "bf16":
         raise ConfigError("dtype", "bf16", "ddp trains in fp32; use dtype fp32, or plugin zero2")
     depth = config.model.depth

@@ -1,5 +1,6 @@
 """From a request of the sampler to a batch of clips, captions and everything random that belongs to them."""
 
+import hashlib
 import math
 import os
 import signal
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from stdit_fast.media.read import BadSample, decode_frames_into, decode_image_into, is_image
 from stdit_fast.model.config import IMAGE_FPS
+from stdit_fast.parallel.sequence import part_of
 from stdit_fast.train.buckets import Bucket, Buckets
 from stdit_fast.train.features import Features
 from stdit_fast.train.metadata import Metadata, Sample
@@ -38,6 +40,10 @@ class VideoTextDataset(Dataset):
     [B]; num_frames, height, width (pixels), ar (height / width), fps (frames a second that are shown; 120 for images),
     float32 [B]; samples int64 [B], the rows that were used; bucket, its index; request, the BatchRequest; bad, a list
     of dict(sample, path, reason) of the samples that had to be replaced.
+
+    Of a batch that several ranks share, each gets its own frames of pixels, x_mask, noise, posterior_noise and latents,
+    and the first one `bad`; there are also counted float32 [B], the frames of the whole samples that are no conditions,
+    and fingerprint, an integer that is the same on all of them.
 
     Args:
         metadata: the table of samples.
@@ -103,7 +109,8 @@ class VideoTextDataset(Dataset):
                 if place != i:
                     pixels[place] = pixels[i]
             batch["pixels"] = pixels
-        return batch | {"bucket": request.bucket, "request": request, "bad": bad}
+        batch |= {"bucket": request.bucket, "request": request, "bad": bad}
+        return batch if request.parts == 1 else _own_part(batch, request)
 
     def _usable(self, spares: list[int], bucket: Bucket) -> Iterator[int]:
         """Those that can be had in the bucket's size: features may not have it of samples of other buckets."""
@@ -194,6 +201,36 @@ def _join(key: str, values: list) -> Any:
     if isinstance(values[0], torch.Tensor):
         return torch.cat(values) if key == "text_states" else torch.stack(values)
     return None if values[0] is None else values
+
+
+def _own_part(batch: dict[str, Any], request: BatchRequest) -> dict[str, Any]:
+    """A rank's frames of a batch that it shares.
+
+    All of them were loaded: a file that breaks off has to be replaced by the same spare on all ranks.
+    """
+    part = part_of(batch["x_mask"].shape[1], request.parts, request.part)
+    more = {"counted": batch["x_mask"].sum(1).float(), "fingerprint": fingerprint(batch)}
+    for key in ("noise", "posterior_noise", "latents"):
+        if batch.get(key) is not None:
+            more[key] = batch[key][:, :, part].contiguous()
+    for key in ("pixels", "x_mask"):
+        if key in batch:
+            more[key] = batch[key][:, part]
+    if request.part:
+        more["bad"] = []
+    return batch | more
+
+
+def fingerprint(batch: dict[str, Any]) -> int:
+    """63 bits of what a batch holds; not of pixels, which follow from the rows, nor of noise, likewise."""
+    request: BatchRequest = batch["request"]
+    hashed = hashlib.blake2b(
+        f"{request.epoch}/{request.index}/{request.bucket}/{request.parts}".encode(), digest_size=8
+    )
+    for key in ("samples", "timestep", "x_mask", "drop_caption", "num_frames", "height", "width", "fps"):
+        hashed.update(batch[key].numpy().tobytes())
+    hashed.update("\0".join(batch["text"]).encode())
+    return int.from_bytes(hashed.digest(), "little") >> 1
 
 
 def _no_good_sample(bucket: Bucket, bad: list[dict]) -> str:

@@ -4,17 +4,21 @@ An epoch is planned at once: every sample gets its bucket, the members of each b
 and the batches of all buckets are shuffled into one global list. That list depends on (seed, epoch, batch sizes) alone.
 Ranks and gradient accumulation only read from it: a step takes the next world_size * grad_accumulation batches. So the
 state is a position in the list, and a run resumes in mid-epoch on any number of ranks.
+
+Where several ranks share the batches of some buckets, the list is made of units: batches that together occupy as many
+ranks as the largest of such groups. A step then takes as many units as there are ranks for.
 """
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.degrees import pack
 from stdit_fast.train.randomness import hash_uniform, sample_rng
 
 MAX_SPARES = 16
@@ -34,6 +38,8 @@ class BatchRequest:
         spares: int64 [<= 16], to stand in for samples that turn out bad: other members of the bucket first, then those
             of buckets that differ from it in the aspect ratio only.
         step_samples: samples in the whole optimizer step, over all ranks and micro-batches.
+        step_batches: batches in the whole optimizer step, likewise; 0: not part of a step.
+        parts, part: how many ranks share the batch, and which of them this one is.
     """
 
     epoch: int
@@ -42,6 +48,9 @@ class BatchRequest:
     samples: np.ndarray
     spares: np.ndarray
     step_samples: int
+    step_batches: int = 0
+    parts: int = 1
+    part: int = 0
 
 
 class BucketReport(NamedTuple):
@@ -64,13 +73,22 @@ class EpochPlan:
         batch_sizes: int64 [buckets].
         batch_bucket: bucket of each batch, in the order of training.
         batch_number: its number among the batches of its bucket.
+        degrees: int64 [buckets], ranks that share a batch.
+        unit_start: int64 [units + 1], where each unit begins in the order of training.
         misfits: reason -> number of samples that are in no bucket.
     """
 
     def __init__(
-        self, epoch: int, assigned: np.ndarray, batch_sizes: np.ndarray, misfits: dict, seed: int, drop_last: bool
+        self,
+        epoch: int,
+        assigned: np.ndarray,
+        batch_sizes: np.ndarray,
+        misfits: dict,
+        seed: int,
+        drop_last: bool,
+        degrees: np.ndarray,
     ):
-        self.epoch, self.batch_sizes, self.misfits = epoch, batch_sizes, misfits
+        self.epoch, self.batch_sizes, self.misfits, self.degrees = epoch, batch_sizes, misfits, degrees
         self.order, self.bounds = _group(assigned, len(batch_sizes), sample_rng(seed, epoch, 0, "samples"))
         counts = np.diff(self.bounds)
         self.batches_per_bucket = counts // batch_sizes if drop_last else -(-counts // batch_sizes)
@@ -78,10 +96,24 @@ class EpochPlan:
         first = np.cumsum(self.batches_per_bucket) - self.batches_per_bucket
         number = np.arange(len(bucket), dtype=np.int32) - first.astype(np.int32)[bucket]
         shuffle = sample_rng(seed, epoch, 0, "batches").permutation(len(bucket))
+        packed, self.unit_start = pack(degrees[bucket[shuffle]], int(degrees.max()), drop_last)
+        shuffle = shuffle[packed]
         self.batch_bucket, self.batch_number = bucket[shuffle], number[shuffle]
 
     def __len__(self) -> int:
         return len(self.batch_bucket)
+
+    @property
+    def num_units(self) -> int:
+        return len(self.unit_start) - 1
+
+    def unit_at(self, position: int) -> int:
+        """The unit that begins at a batch's place in the list, or the next one."""
+        return min(int(np.searchsorted(self.unit_start, position)), self.num_units)
+
+    def after(self, position: int, units: int) -> int:
+        """The place `units` further on, at most the end."""
+        return int(self.unit_start[min(self.unit_at(position) + units, self.num_units)])
 
     def members(self, bucket: int) -> np.ndarray:
         """The samples of a bucket, in this epoch's order."""
@@ -136,9 +168,9 @@ class BucketSampler:
     Iterating yields one `BatchRequest` a micro-batch, from the current position on, epoch after epoch. It does not move
     the state (a data loader runs ahead of the training): `advance` does, once for each optimizer step.
 
-    Micro-batch a of rank r takes global batch position + a * world_size + r. With `drop_last`, incomplete batches and
-    an incomplete last step are left out; without, a batch is filled up by repeating samples of its bucket, and the last
-    step by repeating batches from the epoch's start.
+    Micro-batch a of rank r takes global batch position + a * world_size + r, where each has a rank of its own. With
+    `drop_last`, incomplete batches and an incomplete last step are left out; without, a batch is filled up by repeating
+    samples of its bucket, and the last step by repeating batches from the epoch's start.
 
     Args:
         num_frames, height, width: integers [N], the samples' lengths in frames (1: an image) and sizes in pixels.
@@ -148,6 +180,7 @@ class BucketSampler:
         world_size, rank: data-parallel processes, and which of them this is.
         grad_accumulation: micro-batches a step on each rank.
         drop_last: see above.
+        degrees: [buckets], ranks that share a batch: powers of two that divide world_size; None: 1 everywhere.
 
     Raises:
         ConfigError: no sample fits a bucket, no bucket fills a batch, or an epoch has too few batches for one step.
@@ -167,6 +200,7 @@ class BucketSampler:
         rank: int = 0,
         grad_accumulation: int = 1,
         drop_last: bool = True,
+        degrees: np.ndarray | None = None,
     ):
         if not 0 <= rank < world_size:
             raise ConfigError("rank", rank, f"it must be in 0..{world_size - 1} for a world size of {world_size}.")
@@ -176,14 +210,16 @@ class BucketSampler:
         self.buckets, self.seed, self.frame_interval = buckets, seed, frame_interval
         self.world_size, self.rank, self.grad_accumulation = world_size, rank, grad_accumulation
         self.drop_last = drop_last
+        self.degrees = np.ones(len(buckets), dtype=np.int64) if degrees is None else degrees
+        self.slots = int(self.degrees.max())  # ranks of a unit
         self.epoch, self.position = 0, 0
         self._plans: dict[int, EpochPlan] = {}
         self.plan(0)
 
     @property
-    def batches_per_step(self) -> int:
-        """Global batches that one optimizer step takes, over all ranks."""
-        return self.world_size * self.grad_accumulation
+    def units_per_step(self) -> int:
+        """Units that one optimizer step takes, over all ranks; a unit is one batch where ranks share none."""
+        return self.world_size // self.slots * self.grad_accumulation
 
     def plan(self, epoch: int) -> EpochPlan:
         """The batches of an epoch, from (seed, epoch) alone; the last two are kept.
@@ -206,15 +242,15 @@ class BucketSampler:
 
         assigned = self.buckets.assign(*self._sizes, self.frame_interval, draw)
         misfits = self.buckets.count_misfits(*self._sizes, self.frame_interval, assigned)
-        return EpochPlan(epoch, assigned, self.buckets.batch_sizes, misfits, self.seed, self.drop_last)
+        return EpochPlan(epoch, assigned, self.buckets.batch_sizes, misfits, self.seed, self.drop_last, self.degrees)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps in an epoch when it is trained from its start on this number of ranks."""
         return self._steps_left(self.plan(epoch), 0)
 
     def _steps_left(self, plan: EpochPlan, position: int) -> int:
-        batches = max(len(plan) - position, 0)
-        return batches // self.batches_per_step if self.drop_last else -(-batches // self.batches_per_step)
+        units = plan.num_units - plan.unit_at(position)
+        return units // self.units_per_step if self.drop_last else -(-units // self.units_per_step)
 
     def __iter__(self) -> Iterator[BatchRequest]:
         epoch, position = self.epoch, self.position
@@ -222,14 +258,23 @@ class BucketSampler:
             plan = self.plan(epoch)
             for _ in range(self._steps_left(plan, position)):
                 yield from self._step(plan, position)
-                position += self.batches_per_step
+                position = plan.after(position, self.units_per_step)
             epoch, position = epoch + 1, 0
 
     def _step(self, plan: EpochPlan, position: int) -> Iterator[BatchRequest]:
-        batches = (position + np.arange(self.batches_per_step)) % len(plan)
-        step_samples = int(plan.batch_sizes[plan.batch_bucket[batches]].sum())
-        for index in batches[self.rank :: self.world_size]:
-            yield self.request(plan, int(index), step_samples)
+        units = (plan.unit_at(position) + np.arange(self.units_per_step)) % plan.num_units
+        batches = [np.arange(*plan.unit_start[unit : unit + 2]) for unit in units]
+        all_batches = np.concatenate(batches)
+        step_samples = int(plan.batch_sizes[plan.batch_bucket[all_batches]].sum())
+        for own in batches[self.rank // self.slots :: self.world_size // self.slots]:
+            # The batches of a unit stand side by side on its ranks.
+            degrees = plan.degrees[plan.batch_bucket[own]]
+            last = np.cumsum(degrees)
+            place = int(np.searchsorted(last, self.rank % self.slots, side="right"))
+            request = self.request(plan, int(own[place]), step_samples)
+            parts = int(degrees[place])
+            part = self.rank % self.slots - int(last[place] - parts)
+            yield replace(request, step_batches=len(all_batches), parts=parts, part=part)
 
     def request(self, plan: EpochPlan, index: int, step_samples: int) -> BatchRequest:
         """What to load for one batch of a plan."""
@@ -253,7 +298,7 @@ class BucketSampler:
 
     def advance(self) -> None:
         """Moves the state on by one optimizer step, into the next epoch where less than a step is left."""
-        self.position += self.batches_per_step
+        self.position = self.plan(self.epoch).after(self.position, self.units_per_step)
         self._roll()
 
     def _roll(self) -> None:
@@ -267,6 +312,7 @@ class BucketSampler:
             "epoch": self.epoch,
             "position": self.position,
             "batches": len(self.plan(self.epoch)),
+            "slots": self.slots,
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -284,12 +330,14 @@ class BucketSampler:
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
         batches = len(self.plan(self.epoch))
-        if self.position and state.get("batches", batches) != batches:
+        before, now = (state.get("batches", batches), state.get("slots", self.slots)), (batches, self.slots)
+        if self.position and before != now:
             log.warning(
-                "epoch %d has %d batches now and had %d: the data or the buckets have changed, so it begins anew",
+                "epoch %d has %d batches for groups of %d ranks now and had %d for %d: the data, the buckets or the "
+                "groups have changed, so it begins anew",
                 self.epoch,
-                batches,
-                state["batches"],
+                *now,
+                *before,
             )
             self.position = 0
         self._roll()
@@ -297,16 +345,24 @@ class BucketSampler:
     def _check(self, plan: EpochPlan) -> None:
         if not len(plan.order):
             raise ConfigError("buckets", self._resolutions(), self._why_none_fits(plan))
-        if not len(plan):
+        if not plan.batches_per_bucket.any():
             raise ConfigError("buckets", self._resolutions(), self._why_no_batch(plan))
         if not self._steps_left(plan, 0):
             raise ConfigError(
                 "world_size",
                 self.world_size,
-                f"a step takes world_size * grad_accumulation = {self.world_size} * {self.grad_accumulation} = "
-                f"{self.batches_per_step} batches, and epoch {plan.epoch} has {len(plan)}. Use fewer processes, less "
+                f"{self._step_in_words()}, and epoch {plan.epoch} has {plan.num_units}. Use fewer processes, less "
                 "accumulation, smaller batches or more data, or set drop_last to false.",
             )
+
+    def _step_in_words(self) -> str:
+        ranks, times = self.world_size, self.grad_accumulation
+        if self.slots == 1:
+            return f"a step takes world_size * grad_accumulation = {ranks} * {times} = {ranks * times} batches"
+        return (
+            f"a step takes world_size / {self.slots} * grad_accumulation = {ranks} / {self.slots} * {times} = "
+            f"{self.units_per_step} full sets of batches for {self.slots} ranks"
+        )
 
     def _resolutions(self) -> list[str]:
         return list(dict.fromkeys(bucket.resolution for bucket in self.buckets))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from stdit_fast.errors import ConfigError
@@ -52,12 +53,13 @@ class Trainer:
         self.processes = launch(config.seed)
         from colossalai.booster import Booster  # after launch, which keeps its import quiet
 
-        from stdit_fast.parallel.plugins import ReplicatedPlugin, ShardedPlugin
+        from stdit_fast.parallel.sequence_plugins import SequenceReplicatedPlugin, SequenceShardedPlugin
 
         self.device = self.processes.device
         self.folder = Path(config.outputs)
         self.diffusion = build_diffusion(config)
-        plugin_class = {"zero2": ShardedPlugin, "ddp": ReplicatedPlugin}[self._plugin_name()]
+        sharded = self._plugin_name() != "ddp"
+        plugin_class = SequenceShardedPlugin if sharded else SequenceReplicatedPlugin
 
         # The data first: what is wrong with it shows before gigabytes of encoders are read.
         self.data = build_data(config, self.processes, self.diffusion)
@@ -71,7 +73,8 @@ class Trainer:
         model.set_cuda_graphs(config.cuda_graphs)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes))
+        sizes = np.unique(self.data.sampler.degrees).tolist()
+        self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes, sizes))
         optimizer = build_optimizer(config, model, self.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DDP's, of ColossalAI's arguments
@@ -114,43 +117,47 @@ class Trainer:
 
     def train_step(self, batches: Iterator[dict]) -> None:
         """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step, records."""
-        started, already_truncated = time.perf_counter(), self.text_encoder.truncated
+        started = time.perf_counter()
         self._set_learning_rate()
         loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, mse, vb, weighted
-        own = dict.fromkeys(("tokens", "samples", "bad", "waited"), 0.0)
+        own = dict.fromkeys(("tokens", "samples", "bad", "waited", "truncated"), 0.0)
         micro_batches = []
         for i in range(self.config.grad_accumulation):
             asked = time.perf_counter()
             batch = next(batches)
             own["waited"] += time.perf_counter() - asked
             own["tokens"] += token_count(batch, self.state.model.config.patch_size)
-            own["samples"] += len(batch["samples"])
+            own["samples"] += len(batch["samples"]) / batch["request"].parts
             own["bad"] += len(batch["bad"])
             micro_batches.append(batch)
+            already_truncated = self.text_encoder.truncated
             with self._without_sync(last=i == self.config.grad_accumulation - 1):
                 losses = self.losses(self.model, batch)
                 weight = self._weight(batch)
                 self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
+            own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
             loss_sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
 
-        own["truncated"] = self.text_encoder.truncated - already_truncated
         own["told_to_stop"] = float(self._told_to_stop)
         own.update(zip(("loss", "mse", "vb"), loss_sums.tolist(), strict=True))
         total = dict(zip(own, self.processes.sum(list(own.values())), strict=True))
         for mean in ("loss", "mse", "vb", "waited"):
             total[mean] /= self.processes.world_size
-        self.truncated += int(total["truncated"])
+        self.truncated += round(total["truncated"])
         self._stopping = total["told_to_stop"] > 0
         grad_norm = self._update(total["loss"])
 
         self.step += 1
         self.data.sampler.advance()
-        self._count_bad_samples(micro_batches, bad=int(total["bad"]), seen=int(total["samples"]))
+        self._count_bad_samples(micro_batches, bad=int(total["bad"]), seen=round(total["samples"]))
         self._record(total, grad_norm, time.perf_counter() - started, micro_batches[-1])
         self._check_finite(total["loss"], grad_norm, micro_batches)
 
     def losses(self, model, batch: dict) -> dict[str, torch.Tensor]:
-        """The diffusion's loss, mse and vb of each sample, [B]; a batch that is not of features is encoded first."""
+        """The diffusion's loss, mse and vb of each sample, [B]; a batch that is not of features is encoded first.
+
+        Of a batch that several ranks share, each has a part of them: together they are their sum.
+        """
         on_device = {k: v.to(self.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
         if "latents" in batch:
             latents, states = on_device["latents"], on_device["text_states"]
@@ -162,9 +169,17 @@ class Trainer:
                 text = self.text_encoder.encode(batch["text"])
         scalars = {key: on_device[key] for key in ("num_frames", "height", "width", "ar", "fps")}
         arguments = {"y": text.states, "mask": text.mask, "drop_caption": on_device["drop_caption"], **scalars}
-        return self.diffusion.training_losses(
-            model, latents, on_device["timestep"], arguments, noise=on_device["noise"], mask=on_device["x_mask"]
-        )
+        request, frames = batch["request"], self.data.buckets[batch["bucket"]].num_frames
+        with self.booster.plugin.shared(self.state.model, request.parts, frames, batch.get("fingerprint", 0)):
+            return self.diffusion.training_losses(
+                model,
+                latents,
+                on_device["timestep"],
+                arguments,
+                noise=on_device["noise"],
+                mask=on_device["x_mask"],
+                counted=on_device.get("counted"),
+            )
 
     # ------------------------------------------------------- parts of a step
 
@@ -179,9 +194,12 @@ class Trainer:
         return grad_norm
 
     def _weight(self, batch: dict) -> float:
-        """Weight of a batch's mean loss, such that the mean over processes of their sums is the step's loss."""
+        """Weight of a batch's mean loss, such that the mean over processes of their sums is the step's loss.
+
+        All ranks that share a batch have its weight, for their parts of its loss.
+        """
         if self.config.loss_weighting == "batch":
-            return 1 / self.config.grad_accumulation
+            return self.processes.world_size / batch["request"].step_batches
         return len(batch["samples"]) * self.processes.world_size / batch["request"].step_samples
 
     def _without_sync(self, last: bool):
@@ -378,10 +396,11 @@ class Trainer:
     def _plugin_name(self) -> str:
         """The plugin by name; refuses one that cannot run here."""
         wanted, on_gpu = self.config.plugin, self.device.type == "cuda"
-        chosen = ("zero2" if on_gpu else "ddp") if wanted == "auto" else wanted
-        if chosen == "zero2" and not on_gpu:
-            raise ConfigError("plugin", wanted, "zero2 needs a GPU, and none is visible; use ddp or auto")
-        precision = {"zero2": "bf16", "ddp": "fp32"}[chosen]
+        sharded = "zero2" if self.config.sequence_parallel == 1 else "zero2-seq"
+        chosen = (sharded if on_gpu else "ddp") if wanted == "auto" else wanted
+        if chosen != "ddp" and not on_gpu:
+            raise ConfigError("plugin", wanted, f"{chosen} needs a GPU, and none is visible; use ddp or auto")
+        precision = "fp32" if chosen == "ddp" else "bf16"
         if self.config.dtype not in ("auto", precision):
             remedy = f"the plugin {chosen} trains in {precision}; use that or auto"
             raise ConfigError("dtype", self.config.dtype, remedy)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from stdit_fast import STDiT2Config
-from stdit_fast.benchmarks import attention, sample, step
+from stdit_fast.benchmarks import attention, profile_kernel, sample, step
 from stdit_fast.benchmarks.readme import latest, sample_table
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
@@ -31,6 +31,28 @@ def test_attention_is_counted_as_published():
     for bad in ("96", "96x", "0x4", "axb"):
         with pytest.raises(ConfigError, match="write sequences x length"):
             attention.parse_case(bad)
+
+
+def test_a_kernel_is_profiled_by_name(tmp_path, monkeypatch):
+    assert profile_kernel.parse_size("6x16x144") == (6, 16, 144)
+    for bad in ("6x16", "0x1x1", "axbxc"):
+        with pytest.raises(ConfigError, match="write samples x frames x positions"):
+            profile_kernel.parse_size(bad)
+    with pytest.raises(ConfigError, match="did you mean 'cross_attention'"):
+        profile_kernel.check_op("cros_attention")
+    arguments = ["spatial_attention", "forward", "--size", "1x2x3", "--ncu", "--report", "out"]
+    monkeypatch.setattr(sys, "argv", ["profile_kernel", *arguments])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="leave --ncu out"):
+        profile_kernel.main()
+    # An ncu that writes down what it is asked to run.
+    ncu = tmp_path / "ncu"
+    ncu.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\nexit 3\n')
+    ncu.chmod(0o755)
+    assert profile_kernel.main() == 3
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[:4] == ["--profile-from-start", "off", "--set", "full"] and asked[asked.index("--export") + 1] == "out"
+    assert asked[-7:] == ["spatial_attention", "forward", "--size", "1x2x3", "--calls", "1", "--silent"]
 
 
 @pytest.mark.parametrize(

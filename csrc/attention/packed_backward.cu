@@ -5,31 +5,31 @@
 // attention_packed_dq_kernel: a block takes units of 128 queries of one head after each other, 64 a consumer warpgroup,
 // and keeps the head's keys and values in shared memory meanwhile, in tiles of 80.
 //   s = q k^T, dp = do v^T          both operands in shared memory
-//   ds = 2^(s - lse) (dp - delta)   in registers
+//   ds = 2^(s - lse) (dp - delta)   in registers; delta = rowsum(do * o), found while the first products are made
 //   dq += ds k                      ds from registers
-// The next tile's products are asked for before ds k of this one. dq leaves through the shared memory that held q.
+// The next tile's products are asked for before ds k of this one. dq leaves through the shared memory that held q. lse
+// and delta are written down for the other kernel.
 //
 // attention_packed_dkv_kernel: a block keeps 128 keys of a head, 64 a consumer, and walks over tiles of 64 queries,
 // three of which are on their way; their lse and delta come with them.
 //   s^T = k q^T, dp^T = v do^T      both operands in shared memory
 //   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
-// All tiles of all blocks of keys, in a row, are cut into as many equal parts as there are multiprocessors. Where a cut
-// falls into a block of keys, its parts' sums are kept in float32 and added by attention_packed_sum_kernel, in order.
+// All tiles of all blocks of keys of a head, in a row, are cut into equal parts. Where a cut falls into a block of keys,
+// its parts' sums are kept in float32 and added by attention_packed_sum_kernel, in order. Blocks beside each other work
+// on the same part of different heads (units.h).
 //
-// One thread has the copy engine bring all tiles. Before, attention_packed_rows_kernel makes delta = rowsum(do * o) and
-// the cuts, from the lengths, which only the device knows.
+// One thread has the copy engine bring all tiles. The lengths are known on the device alone, where the work is cut.
 
 #include <algorithm>
 
 #include "attention/gradients.h"
 #include "attention/packed_backward.h"
 #include "attention/shared.h"
+#include "attention/units.h"
 #include "stdit/attention_tiles.h"
 
 namespace stdit {
 namespace {
-
-__host__ __device__ constexpr int ceil_div(int n, int d) { return (n + d - 1) / d; }
 
 // ------------------------------------------------------------ dq
 
@@ -46,69 +46,72 @@ struct QueryGradient {
   struct Shared {
     alignas(1024) char q[kQueryStages][kConsumers][QueryTile::kBytes];
     alignas(1024) char d_o[kQueryStages][kConsumers][QueryTile::kBytes];
+    alignas(1024) char o[kQueryStages][kConsumers][QueryTile::kBytes];
     alignas(1024) char k[kStages][KeyTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
     int range[2];  // the block's first unit, and the next block's
     Barrier q_full[kQueryStages], q_empty[kQueryStages], kv_full[kStages], kv_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= kMostSharedBytes, "what a block can have");
 };
 
 struct QueryArguments {
-  TileMaps q, d_o, k, v, d_q;
+  TileMaps q, d_o, o, k, v, d_q;
   const int* key_starts;
-  const float2* rows;  // [sequences * heads, row_length]: lse in units of log2, delta
+  const float* lse;
+  float2* rows;  // [sequences * heads, row_length]: lse in units of log2, delta; zeroes beyond the queries
   float score_factor, scale;
-  int sequences, heads, queries, query_blocks, row_length;
+  int sequences, heads, queries, units, heads_at_once, row_length;
 };
 
-// A block's units: 128 queries of a head, one after another.
 template <class G>
-struct QueryUnit {
-  int at, begin, end, item, first_query, head, sequence;
+__device__ __forceinline__ PackedUnits units_of(const QueryArguments& a, const typename G::Shared& s) {
+  return PackedUnits(s.range, a.units, a.heads, a.heads_at_once);
+}
 
-  __device__ __forceinline__ QueryUnit(const QueryArguments& a, const typename G::Shared& s)
-      : at(s.range[0]), begin(s.range[0]), end(s.range[1]) {
-    find(a);
+// The sum of o * do of a row of two tiles, which a quad of lanes shares. Odd rows begin with the other half, so that
+// two rows beside each other meet no bank twice.
+template <int D>
+__device__ __forceinline__ float row_delta(const char* o, const char* d_o, int row) {
+  using T = Tile<D, 64>;
+  const int quarter = threadIdx.x % 4;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < (D / 8 + 3) / 4; ++i) {
+    const int piece = quarter + 4 * (i < 2 * T::kBlocks ? i ^ (row & 1) : i);
+    if (piece >= D / 8) continue;
+    const uint4 x = *reinterpret_cast<const uint4*>(o + T::offset(row, piece));
+    const uint4 y = *reinterpret_cast<const uint4*>(d_o + T::offset(row, piece));
+    const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      sum = fmaf(low_half(left[j]), low_half(right[j]), sum);
+      sum = fmaf(high_half(left[j]), high_half(right[j]), sum);
+    }
   }
-  __device__ __forceinline__ bool valid() const { return at < end; }
-  __device__ __forceinline__ void next(const QueryArguments& a) {
-    ++at;
-    find(a);
-  }
-  __device__ __forceinline__ void find(const QueryArguments& a) {
-    item = at / a.query_blocks;
-    first_query = (at - item * a.query_blocks) * G::kQueries;
-    sequence = item / a.heads;
-    head = item - sequence * a.heads;
-  }
-  // Whether keys and values must be brought for this unit, and whether no unit after it needs them.
-  __device__ __forceinline__ bool brings_keys() const { return at == begin || first_query == 0; }
-  __device__ __forceinline__ bool leaves_keys(const QueryArguments& a) const {
-    return at + 1 == end || (at + 1) % a.query_blocks == 0;
-  }
-  // Consumers that have queries of it.
-  __device__ __forceinline__ int tiles(const QueryArguments& a) const {
-    return min(G::kConsumers, (a.queries - first_query + 63) / 64);
-  }
-};
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  return sum + __shfl_xor_sync(~0u, sum, 2);
+}
 
 template <class G>
 __device__ __forceinline__ void produce(const QueryArguments& a, typename G::Shared& s) {
   constexpr int D = G::D;
   RingPlace<G::kQueryStages> q;
   RingPlace<G::kStages> kv;
-  for (QueryUnit<G> u(a, s); u.valid(); u.next(a)) {
+  for (PackedUnits u = units_of<G>(a, s); u.valid(); u.next()) {
     s.q_empty[q.stage].wait(q.parity ^ 1);
-    const int tiles = u.tiles(a);
+    const int tiles = min(G::kConsumers, (a.queries - u.unit * G::kQueries + 63) / 64);  // that have queries
     Barrier& full = s.q_full[q.stage];
-    full.arrive_and_expect(2 * tiles * G::QueryTile::kLoadBytes);
+    full.arrive_and_expect(3 * tiles * G::QueryTile::kLoadBytes);
     for (int w = 0; w < tiles; ++w) {
-      load_tile<D, 64>(a.q, full, s.q[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
-      load_tile<D, 64>(a.d_o, full, s.d_o[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
+      const int query = u.unit * G::kQueries + 64 * w;
+      load_tile<D, 64>(a.q, full, s.q[q.stage][w], query, u.head, u.sequence);
+      load_tile<D, 64>(a.d_o, full, s.d_o[q.stage][w], query, u.head, u.sequence);
+      load_tile<D, 64>(a.o, full, s.o[q.stage][w], query, u.head, u.sequence);
     }
     q.next();
-    if (!u.brings_keys()) continue;
+    if (!u.first) continue;
     const KeyRange keys = KeyRange::packed(a.key_starts, u.sequence);
     for (int key = 0; key < keys.count; key += G::kKeys) {
       s.kv_empty[kv.stage].wait(kv.parity ^ 1);
@@ -128,11 +131,15 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   RingPlace<G::kQueryStages> q;
   RingPlace<G::kStages> first;  // of the unit's keys
-  for (QueryUnit<G> u(a, s); u.valid(); u.next(a)) {
-    const int keys = KeyRange::packed(a.key_starts, u.sequence).count, tiles = ceil_div(keys, kKeys);
-    const bool leaves = u.leaves_keys(a);
+  int keys = 0, tiles = 0;
+  for (PackedUnits u = units_of<G>(a, s); u.valid(); u.next()) {
+    if (u.first) {
+      keys = KeyRange::packed(a.key_starts, u.sequence).count;
+      tiles = (keys + kKeys - 1) / kKeys;
+    }
+    const bool leaves = u.last();
     RingPlace<G::kStages> kv = first;
-    const int query0 = u.first_query + 64 * consumer;
+    const int query0 = u.unit * G::kQueries + 64 * consumer;
     if (query0 >= a.queries) {  // nothing to do but to let the others' tiles pass
       for (int tile = 0; tile < tiles; ++tile) {
         s.kv_full[kv.stage].wait(kv.parity);
@@ -144,8 +151,13 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
       if (leaves) first = kv;
       continue;
     }
-    const float2* own = a.rows + static_cast<int64_t>(u.item) * a.row_length + query0 + 16 * warp + lane / 4;
-    const float2 rows[2] = {__ldg(own), __ldg(own + 8)};
+    float2 rows[2];  // lse in units of log2, delta
+    const int64_t item = static_cast<int64_t>(u.sequence) * a.heads + u.head;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query = query0 + 16 * warp + lane / 4 + 8 * h;
+      rows[h].x = query < a.queries ? __ldg(a.lse + item * a.queries + query) * kLog2E : 0.0f;
+    }
     char* q_tile = s.q[q.stage][consumer];
     float p[kKeys / 2], dp[kKeys / 2], d_q[D / 2];
     uint32_t ds16[kKeys / 4];
@@ -194,6 +206,12 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
 
     s.q_full[q.stage].wait(q.parity);
     ask_scores(kv);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 16 * warp + lane / 4 + 8 * h;
+      rows[h].y = row_delta<D>(s.o[q.stage][consumer], s.d_o[q.stage][consumer], row);
+      if (lane % 4 == 0) a.rows[item * a.row_length + query0 + row] = rows[h];
+    }
     wgmma_wait<0>();
     differentiate(0);
     pack_gradient();
@@ -245,13 +263,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dq_kernel(con
     }
     fence_barrier_init();
   }
-  if (threadIdx.x < 64) {  // a unit costs what its keys' tiles cost, and as much as one for its queries
-    const int units = a.heads * a.query_blocks;
-    const Place place = place_of(
-        blockIdx.x + threadIdx.x / 32, gridDim.x, a.sequences, [&](int) { return units; },
-        [&](int sequence) { return ceil_div(KeyRange::packed(a.key_starts, sequence).count, G::kKeys) + 1; });
-    if (threadIdx.x % 32 == 0) s.range[threadIdx.x / 32] = place.sequence * units + place.unit;
-  }
+  if (threadIdx.x < 64) find_range(s.range, a.key_starts, a.sequences, a.units, a.heads_at_once, G::kKeys);
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {
@@ -281,6 +293,7 @@ struct KeyGradient {
     alignas(1024) char q[kStages][QueryTile::kBytes];
     alignas(1024) char d_o[kStages][QueryTile::kBytes];
     alignas(128) float2 rows[kStages][kQueries];  // lse in units of log2, delta
+    Place range[2];                               // where the block's part begins and ends
     Barrier kv_full[2], kv_empty[2], q_full[kStages], q_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
@@ -290,30 +303,32 @@ struct KeyArguments {
   TileMaps q, d_o, k, v;
   HeadArray d_k, d_v;
   const int* key_starts;
-  const float2* rows;   // [sequences * heads, row_length]
-  const Place* begins;  // [blocks + 1]: where blocks begin; a unit is a tile of queries of a block of keys of a head
-  float4* partials;     // [2 * blocks, 2, consumers, D / 8, 128]
+  const float2* rows;  // [sequences * heads, row_length]
+  float4* partials;    // [heads, parts, 2, 2, consumers, D / 8, 128]
   float score_factor, scale;
   int sequences, heads, queries, query_tiles, row_length;
+  int parts, heads_at_once;
 };
 
-__device__ __forceinline__ int key_blocks(const KeyRange& keys, int size) { return ceil_div(keys.count, size); }
+__device__ __forceinline__ int key_blocks(const KeyRange& keys, int size) { return (keys.count + size - 1) / size; }
+
+// Where a part of a head's work begins; a unit is a tile of queries of a block of keys. Asked by whole warps.
+template <class G>
+__device__ __forceinline__ Place begin_of(const KeyArguments& a, int part) {
+  return place_of(
+      part, a.parts, a.sequences,
+      [&](int sequence) { return key_blocks(KeyRange::packed(a.key_starts, sequence), G::kKeys) * a.query_tiles; },
+      [](int) { return 1; });
+}
 
 // A block of keys of a head.
 struct Panel {
   int sequence, head, key_block;
   KeyRange keys;
 
-  // The panel of a place in the work.
-  template <class G>
-  static __device__ __forceinline__ Panel of(const KeyArguments& a, const Place& place) {
-    Panel p;
-    p.sequence = place.sequence;
-    p.keys = KeyRange::packed(a.key_starts, place.sequence);
-    const int panel = place.unit / a.query_tiles, blocks = key_blocks(p.keys, G::kKeys);
-    p.head = panel / blocks;
-    p.key_block = panel - p.head * blocks;
-    return p;
+  // The panel of a place in a head's work.
+  static __device__ __forceinline__ Panel of(const KeyArguments& a, const Place& place, int head) {
+    return {place.sequence, head, place.unit / a.query_tiles, KeyRange::packed(a.key_starts, place.sequence)};
   }
   // How many of its keys a consumer has.
   template <class G>
@@ -328,16 +343,17 @@ struct Panel {
   __device__ __forceinline__ int end_row() const { return keys.first + keys.count; }
 };
 
-// A block's segments: tiles of queries that it has of one panel after another.
+// A block's segments: tiles of queries that it has of one panel after another, of a head, then of the next.
 template <class G>
 struct SegmentCursor {
-  Place at, end;
+  Place at, begin, end;
+  int head;
 
-  __device__ __forceinline__ explicit SegmentCursor(const KeyArguments& a)
-      : at(a.begins[blockIdx.x]), end(a.begins[blockIdx.x + 1]) {}
-  __device__ __forceinline__ bool valid() const {
-    return at.sequence < end.sequence || (at.sequence == end.sequence && at.unit < end.unit);
+  __device__ __forceinline__ SegmentCursor(const KeyArguments& a, const typename G::Shared& s)
+      : at(s.range[0]), begin(s.range[0]), end(s.range[1]), head(blockIdx.x % a.heads_at_once) {
+    if (done()) head = a.heads;
   }
+  __device__ __forceinline__ bool valid(const KeyArguments& a) const { return head < a.heads; }
   __device__ __forceinline__ int first_tile(const KeyArguments& a) const { return at.unit % a.query_tiles; }
   __device__ __forceinline__ int end_tile(const KeyArguments& a) const {
     const bool ends_here = at.sequence == end.sequence && at.unit / a.query_tiles == end.unit / a.query_tiles;
@@ -345,7 +361,16 @@ struct SegmentCursor {
   }
   __device__ __forceinline__ void next(const KeyArguments& a, const Panel& panel) {
     at.unit = (at.unit / a.query_tiles + 1) * a.query_tiles;
-    if (at.unit == a.heads * key_blocks(panel.keys, G::kKeys) * a.query_tiles) at = {at.sequence + 1, 0};
+    if (at.unit == key_blocks(panel.keys, G::kKeys) * a.query_tiles) at = {at.sequence + 1, 0};
+    if (done()) {
+      at = begin;
+      head += a.heads_at_once;
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool done() const {
+    return at.sequence > end.sequence || (at.sequence == end.sequence && at.unit >= end.unit);
   }
 };
 
@@ -355,8 +380,8 @@ __device__ __forceinline__ void produce(const KeyArguments& a, typename G::Share
   RingPlace<2> kv;
   RingPlace<G::kStages> q;
   Panel p;
-  for (SegmentCursor<G> at(a); at.valid(); at.next(a, p)) {
-    p = Panel::of<G>(a, at.at);
+  for (SegmentCursor<G> at(a, s); at.valid(a); at.next(a, p)) {
+    p = Panel::of(a, at.at, at.head);
     const int consumers = p.inside<G>(1) > 0 ? 2 : 1;
     s.kv_empty[kv.stage].wait(kv.parity ^ 1);
     s.kv_full[kv.stage].arrive_and_expect(2 * consumers * G::KeyTile::kLoadBytes);
@@ -380,11 +405,13 @@ __device__ __forceinline__ void produce(const KeyArguments& a, typename G::Share
   }
 }
 
-// Where a segment's sums lie until they are added: a block has at most two that are not a whole panel, the one that it
-// goes on with at its beginning (which = 0) and the one that it does not finish (1).
+// Where a segment's sums lie until they are added: a part has at most two of a head that are not a whole panel, the one
+// that it goes on with at its beginning (which = 0) and the one that it does not finish (1).
 template <class G>
-__device__ __forceinline__ float4* partial_of(const KeyArguments& a, int block, int which, int gradient, int consumer) {
-  const int64_t index = ((2 * static_cast<int64_t>(block) + which) * 2 + gradient) * G::kConsumers + consumer;
+__device__ __forceinline__ float4* partial_of(const KeyArguments& a, int head, int part, int which, int gradient,
+                                              int consumer) {
+  const int64_t segment = 2 * (static_cast<int64_t>(head) * a.parts + part) + which;
+  const int64_t index = (2 * segment + gradient) * G::kConsumers + consumer;
   return a.partials + index * (G::kPartialFloats / 4) + threadIdx.x % 128;
 }
 
@@ -418,8 +445,8 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
   Panel panel;
   // Every warp, when its lanes have read their rows.
   const auto leave_queries = [&](int stage) { arrive_warp(s.q_empty[stage]); };
-  for (SegmentCursor<G> at(a); at.valid(); at.next(a, panel)) {
-    panel = Panel::of<G>(a, at.at);
+  for (SegmentCursor<G> at(a, s); at.valid(a); at.next(a, panel)) {
+    panel = Panel::of(a, at.at, at.head);
     const int first_tile = at.first_tile(a), tiles = at.end_tile(a) - first_tile;
     s.kv_full[kv.stage].wait(kv.parity);
     if (panel.inside<G>(consumer) <= 0) {  // nothing to do but to let the other's tiles pass
@@ -513,9 +540,9 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     if (tiles == a.query_tiles) {
       write_gradients<G>(a, panel, consumer, d_k, d_v);
     } else {
-      const int which = first_tile == 0 ? 1 : 0;
-      keep<D>(partial_of<G>(a, blockIdx.x, which, 0, consumer), d_k);
-      keep<D>(partial_of<G>(a, blockIdx.x, which, 1, consumer), d_v);
+      const int which = first_tile == 0 ? 1 : 0, part = blockIdx.x / a.heads_at_once;
+      keep<D>(partial_of<G>(a, at.head, part, which, 0, consumer), d_k);
+      keep<D>(partial_of<G>(a, at.head, part, which, 1, consumer), d_v);
     }
   }
 }
@@ -535,6 +562,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dkv_kernel(co
     }
     fence_barrier_init();
   }
+  if (threadIdx.x < 64) {
+    const Place place = begin_of<G>(a, blockIdx.x / a.heads_at_once + threadIdx.x / 32);
+    if (threadIdx.x % 32 == 0) s.range[threadIdx.x / 32] = place;
+  }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {
@@ -546,19 +577,19 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dkv_kernel(co
   }
 }
 
-// Block b adds the segments of the panel that the cut before part b + 1 falls into, if it is the panel's first cut;
-// blockIdx.y is the consumer whose keys it adds.
+// A block adds the segments of the panel of a head that the cut before a part falls into, if it is the panel's first
+// cut; blockIdx.y is the consumer whose keys it adds.
 template <class G>
-__global__ void __launch_bounds__(128) attention_packed_sum_kernel(const __grid_constant__ KeyArguments a, int blocks) {
+__global__ void __launch_bounds__(128) attention_packed_sum_kernel(const __grid_constant__ KeyArguments a) {
   constexpr int D = G::D;
-  const int cut = blockIdx.x + 1, consumer = blockIdx.y;
-  const Place at = a.begins[cut], before = a.begins[cut - 1];
+  const int head = blockIdx.x / (a.parts - 1), cut = blockIdx.x % (a.parts - 1) + 1, consumer = blockIdx.y;
+  const Place at = begin_of<G>(a, cut), before = begin_of<G>(a, cut - 1);
   if (at.sequence >= a.sequences || at.unit % a.query_tiles == 0) return;
   const auto in_panel = [&](const Place& place) {
     return place.sequence == at.sequence && place.unit / a.query_tiles == at.unit / a.query_tiles;
   };
   if (in_panel(before) && before.unit % a.query_tiles != 0) return;
-  const Panel panel = Panel::of<G>(a, at);
+  const Panel panel = Panel::of(a, at, head);
   if (panel.inside<G>(consumer) <= 0) return;
   float d_k[D / 2] = {}, d_v[D / 2] = {};
   const auto add = [](float (&d)[D / 2], const float4* partial) {
@@ -571,36 +602,18 @@ __global__ void __launch_bounds__(128) attention_packed_sum_kernel(const __grid_
       d[4 * i + 3] += four.w;
     }
   };
-  for (int block = cut - 1; block < blocks; ++block) {
-    const Place from = a.begins[block], to = a.begins[block + 1];
-    if (block >= cut && !in_panel(from)) break;
-    if (from.sequence == to.sequence && from.unit == to.unit) continue;  // a part of nothing
-    const int which = block < cut ? 1 : 0;
-    add(d_k, partial_of<G>(a, block, which, 0, consumer));
-    add(d_v, partial_of<G>(a, block, which, 1, consumer));
+  Place from = before;
+  for (int part = cut - 1; part < a.parts; ++part) {
+    const Place to = part < cut ? at : begin_of<G>(a, part + 1);
+    if (part >= cut && !in_panel(from)) break;
+    if (from.sequence != to.sequence || from.unit != to.unit) {  // not a part of nothing
+      const int which = part < cut ? 1 : 0;
+      add(d_k, partial_of<G>(a, head, part, which, 0, consumer));
+      add(d_v, partial_of<G>(a, head, part, which, 1, consumer));
+    }
+    from = to;
   }
   write_gradients<G>(a, panel, consumer, d_k, d_v);
-}
-
-// ------------------------------------------------------------ what comes before
-
-// The first blocks make sums of rows; each warp of the others one of begins[parts + 1].
-template <class G>
-__global__ void __launch_bounds__(kRowThreads)
-    attention_packed_rows_kernel(RowArguments rows, unsigned row_blocks, KeyArguments a, Place* begins, int parts) {
-  if (blockIdx.x < row_blocks) {
-    write_row_sums<G::D>(rows, blockIdx.x);
-    return;
-  }
-  const int part = (blockIdx.x - row_blocks) * (kRowThreads / 32) + threadIdx.x / 32;
-  if (part > parts) return;
-  const Place place = place_of(
-      part, parts, a.sequences,
-      [&](int sequence) {
-        return a.heads * key_blocks(KeyRange::packed(a.key_starts, sequence), G::kKeys) * a.query_tiles;
-      },
-      [](int) { return 1; });
-  if (threadIdx.x % 32 == 0) begins[part] = place;
 }
 
 // ------------------------------------------------------------ the host's part
@@ -608,18 +621,18 @@ __global__ void __launch_bounds__(kRowThreads)
 using Queries = QueryGradient<72>;
 using Keys = KeyGradient<72>;
 
-// Where the parts of the scratch memory begin.
+// How the work is cut, and where the parts of the scratch memory begin.
 struct Plan {
-  int query_tiles, row_length, blocks;
-  int64_t begins_at, partials_at, bytes;
+  int query_tiles, row_length, heads_at_once, parts;
+  int64_t partials_at, bytes;
 
   explicit Plan(const stdit_attention& call) {
-    query_tiles = ceil_div(static_cast<int>(call.queries), Keys::kQueries);
+    query_tiles = static_cast<int>(ceil_div(call.queries, Keys::kQueries));
     row_length = query_tiles * Keys::kQueries;  // so that a tile's rows can be copied whole
-    blocks = multiprocessors();
-    begins_at = call.sequences * call.heads * row_length * static_cast<int64_t>(sizeof(float2));
-    partials_at = begins_at + (static_cast<int64_t>(sizeof(Place)) * (blocks + 1) + 255) / 256 * 256;
-    bytes = partials_at + int64_t{2} * blocks * 2 * Keys::kConsumers * Keys::kPartialFloats * 4;
+    heads_at_once = stdit::heads_at_once(call.heads, multiprocessors());
+    parts = multiprocessors() / heads_at_once;
+    partials_at = call.sequences * call.heads * row_length * static_cast<int64_t>(sizeof(float2));
+    bytes = partials_at + int64_t{2} * call.heads * parts * 2 * Keys::kConsumers * Keys::kPartialFloats * 4;
   }
 };
 
@@ -637,7 +650,6 @@ void packed_backward(const stdit_attention& call, const stdit_attention_gradient
   const Plan plan(call);
   char* scratch = static_cast<char*>(g.scratch);
   auto* rows = reinterpret_cast<float2*>(scratch);
-  auto* begins = reinterpret_cast<Place*>(scratch + plan.begins_at);
   const auto query_maps = [&](const stdit_heads& array) {
     return make_tile_maps<D>(array_of(array), call.sequences, call.queries, call.heads, 64);
   };
@@ -656,7 +668,6 @@ void packed_backward(const stdit_attention& call, const stdit_attention_gradient
   k.d_v = array_of(g.d_v);
   k.key_starts = call.key_starts;
   k.rows = rows;
-  k.begins = begins;
   k.partials = reinterpret_cast<float4*>(scratch + plan.partials_at);
   k.score_factor = score_factor;
   k.scale = call.scale;
@@ -665,42 +676,41 @@ void packed_backward(const stdit_attention& call, const stdit_attention_gradient
   k.queries = queries;
   k.query_tiles = plan.query_tiles;
   k.row_length = plan.row_length;
+  k.parts = plan.parts;
+  k.heads_at_once = plan.heads_at_once;
 
   QueryArguments q{};
   q.q = k.q;
   q.d_o = k.d_o;
+  q.o = query_maps(call.o);
   q.k = key_maps(call.k, Queries::kKeys);
   q.v = key_maps(call.v, Queries::kKeys);
   q.d_q = query_maps(g.d_q);
   q.key_starts = call.key_starts;
+  q.lse = call.lse;
   q.rows = rows;
   q.score_factor = score_factor;
   q.scale = call.scale;
   q.sequences = sequences;
   q.heads = call.heads;
   q.queries = queries;
-  q.query_blocks = ceil_div(queries, Queries::kQueries);
+  q.units = static_cast<int>(ceil_div(queries, Queries::kQueries));
+  q.heads_at_once = plan.heads_at_once;
   q.row_length = plan.row_length;
 
-  const RowArguments row_sums{
-      array_of(call.o), array_of(g.d_o), call.lse,        rows,
-      call.heads,       queries,         plan.row_length, call.sequences * call.heads * plan.row_length};
-  const unsigned first = row_blocks<D>(row_sums);
-  const unsigned rest = ceil_div(plan.blocks + 1, kRowThreads / 32);
-  attention_packed_rows_kernel<Keys><<<first + rest, kRowThreads, 0, stream>>>(row_sums, first, k, begins, plan.blocks);
-  check_launch("attention_packed_rows_kernel");
-
   allow_shared(attention_packed_dq_kernel<Queries>, Queries::kSharedBytes);
-  const int64_t units = call.sequences * call.heads * q.query_blocks;
-  const int query_grid = static_cast<int>(std::min<int64_t>(units, plan.blocks));
-  attention_packed_dq_kernel<Queries><<<query_grid, Queries::kThreads, Queries::kSharedBytes, stream>>>(q);
+  const int groups = static_cast<int>(std::min<int64_t>(plan.parts, call.sequences * q.units));
+  attention_packed_dq_kernel<Queries>
+      <<<groups * plan.heads_at_once, Queries::kThreads, Queries::kSharedBytes, stream>>>(q);
   check_launch("attention_packed_dq_kernel");
 
   allow_shared(attention_packed_dkv_kernel<Keys>, Keys::kSharedBytes);
-  attention_packed_dkv_kernel<Keys><<<plan.blocks, Keys::kThreads, Keys::kSharedBytes, stream>>>(k);
+  attention_packed_dkv_kernel<Keys>
+      <<<plan.parts * plan.heads_at_once, Keys::kThreads, Keys::kSharedBytes, stream>>>(k);
   check_launch("attention_packed_dkv_kernel");
-  if (plan.blocks > 1) {
-    attention_packed_sum_kernel<Keys><<<dim3(plan.blocks - 1, Keys::kConsumers), 128, 0, stream>>>(k, plan.blocks);
+  if (plan.parts > 1) {
+    const dim3 grid((plan.parts - 1) * call.heads, Keys::kConsumers);
+    attention_packed_sum_kernel<Keys><<<grid, 128, 0, stream>>>(k);
     check_launch("attention_packed_sum_kernel");
   }
 }

@@ -12,6 +12,9 @@ namespace stdit {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// Shared memory that a block of compute capability 9.0 can have.
+constexpr int kMostSharedBytes = 227 * 1024;
+
 // Registers a thread that consumers can have when a block starts with as many as fit for all and the feeders keep
 // `feeder`. Asking for more than there are would wait forever.
 constexpr int consumer_registers(int consumers, int feeder) {

@@ -34,6 +34,7 @@ def _case(op: str, size: str, backward: bool, device: str) -> Case:
         f"{op}-{size}-{'backward' if backward else 'forward'}",
         {name: partial(prepare, make, choose, backward) for name, choose in _implementations(op, device).items()},
         bytes=bytes if device == "cuda" else 2 * bytes,  # float32
+        flops=ops.attention_flops(op, batch, frames, positions, heads, backward),
         expected=partial(prepare, make, _plain, backward),
         tolerance=TOLERANCES[backward],
         rounds=20,

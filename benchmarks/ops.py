@@ -73,6 +73,20 @@ def least_bytes(op: str, tokens: int, channels: int, backward: bool) -> int:
     return int(UNITS[op][backward] * tokens * channels * 2)
 
 
+def attention_flops(op: str, batch: int, frames: int, positions: int, heads: int, backward: bool) -> int | None:
+    """Operations of an attention's products, two forward and five backward; None for other ops."""
+    keys = {"spatial_attention": positions, "temporal_attention": frames, "cross_attention": None}
+    if op not in keys:
+        return None
+    pairs = frames * positions * (batch * keys[op] if keys[op] else sum(text_lengths(batch)))
+    return (10 if backward else 4) * pairs * heads * HEAD_DIM
+
+
+def text_lengths(batch: int) -> list[int]:
+    """Tokens of each sample's caption in the cases of cross attention."""
+    return [1 + (37 * i) % 200 for i in range(batch)]
+
+
 def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda", heads: int = HEADS) -> Case:
     """One op at one size, in bfloat16 on a GPU and in float32 elsewhere; random inputs, the same each time."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -123,7 +137,7 @@ def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda"
             plain_gelu,
         )
     if op == "cross_attention":
-        lengths = [1 + (37 * i) % 200 for i in range(batch)]
+        lengths = text_lengths(batch)
         mask = torch.arange(200) < torch.tensor(lengths)[:, None]
         layout = ops.text_layout(mask, batch, 200, torch.device(device))
         return case(

@@ -5,6 +5,7 @@ A later line for the same suite, case and impl replaces an earlier one; null sta
 
 import json
 import platform
+import shlex
 import statistics
 import sys
 from dataclasses import asdict, dataclass, field
@@ -73,15 +74,19 @@ class Record:
         return cls(suite, case, impl, statistics.median(times), times[0], times[-1], **more)
 
 
+# Options that name what is written; where that lay is no part of how to repeat it.
+WRITTEN = ("--out", "--records", "--benchmark-json")
+
+
 def command_line() -> str:
     """This process's command, as a user would type it."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = module.name.removesuffix(".__main__") if module else Path(sys.argv[0]).name
     arguments = list(sys.argv[1:])
-    if "--out" in arguments[:-1]:  # where it was written is no part of how to repeat it
-        place = arguments.index("--out") + 1
-        arguments[place] = Path(arguments[place]).name
-    return " ".join(["python -m" if module else "python", name, *arguments])
+    for i, argument in enumerate(arguments[:-1]):
+        if argument in WRITTEN:
+            arguments[i + 1] = Path(arguments[i + 1]).name
+    return " ".join(["python -m" if module else "python", name, shlex.join(arguments)]).rstrip()
 
 
 def append(path: str | Path, records: list[Record]) -> None:

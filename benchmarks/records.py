@@ -69,7 +69,9 @@ class Record:
 
     @classmethod
     def of_times(cls, suite: str, case: str, impl: str, milliseconds: list[float], **more) -> "Record":
-        """From the times of the repeats, in milliseconds."""
+        """From the times of the repeats, in milliseconds; without any where it could not run."""
+        if not milliseconds:
+            return cls(suite, case, impl, None, None, None, **more)
         times = sorted(milliseconds)
         return cls(suite, case, impl, statistics.median(times), times[0], times[-1], **more)
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.train.balance import balanced_order, imbalance
+from stdit_fast.train.bucket_tables import Entry
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.sampler import BucketSampler
 
@@ -159,7 +161,7 @@ def test_state_of_another_seed_or_of_other_data(caplog):
     with caplog.at_level(logging.WARNING):
         other.load_state_dict(state)
     assert (other.epoch, other.position) == (0, 0)
-    assert "begins anew" in caplog.text
+    assert "begins" in caplog.text
 
 
 def test_drop_last_leaves_out_what_is_incomplete():
@@ -308,3 +310,74 @@ def _raises(sizes, buckets, seed):
 def test_bad_options(options, message):
     with pytest.raises(ConfigError, match=message):
         make(**options)
+
+
+# ------------------------------------------------------------------ balance
+
+
+def measured(times: dict, sizes: dict | None = None) -> Buckets:
+    """The buckets above, as if measured: (resolution, frames) -> seconds."""
+    entries = {
+        key: Entry((sizes or {}).get(key, TABLE[key[0]][key[1]][1]), 0, t, t, t, 1.0, 1, 8, 8)
+        for key, t in times.items()
+    }
+    return Buckets(TABLE, measured=entries)
+
+
+TIMES = {("240p", 16): 1.0, ("144p", 1): 0.4, ("144p", 16): 2.0}
+
+
+def seconds_of(steps, buckets):
+    """[steps, micro-batches, ranks]"""
+    return np.array([[[buckets[r.bucket].seconds for r in micro] for micro in step] for step in steps])
+
+
+def test_balance_groups_batches_of_like_times_and_loses_none():
+    rng = np.random.default_rng(0)
+    seconds = rng.choice([0.5, 1.0, 1.01, 3.0], 1003)
+    order = balanced_order(seconds, 8, np.random.default_rng(1))
+    assert sorted(order) == list(range(1003)) and list(order[1000:]) == [1000, 1001, 1002]
+    groups = seconds[order[:1000]].reshape(-1, 8)
+    assert imbalance(groups) < 0.03 and imbalance(seconds[:1000].reshape(-1, 8)) > 0.8
+    assert len({tuple(g) for g in groups[:20]}) > 4, "groups are shuffled"
+    mixed = [g for g in groups if 1.0 in g and 1.01 in g]
+    assert len(mixed) > 20, "times that hardly differ mix"
+    assert list(balanced_order(seconds, 1, rng)) == list(range(1003))
+    assert list(balanced_order(seconds[:5], 8, rng)) == list(range(5))
+
+
+def test_ranks_of_a_step_take_about_as_long_where_times_are_known():
+    buckets = measured(TIMES)
+    options = {"world_size": 4, "grad_accumulation": 2, "sizes": make_sizes(3000)}
+    count = make(buckets=buckets, **options).steps_per_epoch(0)
+    even, uneven = (steps_of(count, buckets=b, **options) for b in (buckets, BUCKETS))
+    waiting = imbalance(seconds_of(even, buckets).reshape(-1, 4))
+    assert waiting < 0.05 and imbalance(seconds_of(uneven, buckets).reshape(-1, 4)) > 0.2
+    for step in even:
+        expected = imbalance(seconds_of([step], buckets)[0])
+        assert all(r.imbalance == pytest.approx(expected) for micro in step for r in micro)
+    assert all(r.imbalance == 0 for r in flat(uneven))
+    shown = [tuple(r.samples) for r in flat(even)]
+    assert len(set(shown)) == len(shown)
+    assert [key(r) for r in flat(even)] == [key(r) for r in flat(steps_of(count, buckets=buckets, **options))]
+
+
+def test_a_resumed_epoch_keeps_its_arrangement_on_another_number_of_ranks(caplog):
+    buckets, sizes = measured(TIMES), make_sizes(3000)
+    whole = [key(r) for r in flat(steps_of(12, buckets=buckets, sizes=sizes, world_size=4))]
+    sampler = make(buckets=buckets, sizes=sizes, world_size=4)
+    for _ in range(3):
+        sampler.advance()
+    state = sampler.state_dict()
+    other = make(buckets=buckets, sizes=sizes, world_size=2, rank=0)
+    other.load_state_dict(state)
+    assert [key(r) for r in itertools.islice(other, 8)] == whole[12:28:2]
+    assert (
+        other.plan(1).batch_bucket.tolist()
+        == make(buckets=buckets, sizes=sizes, world_size=2).plan(1).batch_bucket.tolist()
+    )
+    for changed in (BUCKETS, measured(TIMES, {("144p", 16): 5}), measured(TIMES | {("144p", 16): 2.5})):
+        caplog.clear()
+        new = make(buckets=changed, sizes=sizes, world_size=4)
+        new.load_state_dict(state)
+        assert new.position == 0 and "begins" in caplog.text

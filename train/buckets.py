@@ -14,6 +14,7 @@ import numpy as np
 
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.resolutions import is_int, load_resolutions
+from stdit_fast.train.bucket_tables import Entry
 
 # A sample may be enlarged a little: it enters a resolution from this share of its pixels on.
 MIN_PIXEL_SHARE = 0.8
@@ -36,7 +37,10 @@ Draw = Callable[[np.ndarray, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Bucket:
-    """What the samples of one bucket are made into; sizes in pixels."""
+    """What the samples of one bucket are made into; sizes in pixels.
+
+    A table of measured sizes (`bucket_tables`) adds `checkpointed`, the blocks to recompute, and `seconds` of a step.
+    """
 
     resolution: str
     num_frames: int
@@ -45,6 +49,8 @@ class Bucket:
     width: int
     keep_prob: float
     batch_size: int
+    checkpointed: int | None = None
+    seconds: float | None = None
 
     @property
     def name(self) -> str:
@@ -103,6 +109,7 @@ class Buckets:
             keep_prob is 0 the batch size may be None: a sample that meets such an entry goes on to smaller resolutions.
         resolutions: the user's own sizes, name -> {"pixels": int, "sizes": {aspect: [height, width]}} with an aspect
             ratio (height / width) as key, or the path of a JSON file of that form. They come before those shipped.
+        measured: (resolution, number of frames) -> measured sizes, which win over the batch sizes of `table`.
 
     ``buckets[i]`` is a `Bucket`; ``len(buckets)`` counts them. Entries that keep nothing make no bucket.
 
@@ -111,10 +118,16 @@ class Buckets:
             frames below 1, an empty table, or sizes that are not of the form above.
     """
 
-    def __init__(self, table: Mapping, resolutions: Mapping | str | Path | None = None):
+    def __init__(
+        self,
+        table: Mapping,
+        resolutions: Mapping | str | Path | None = None,
+        measured: Mapping[tuple[str, int], Entry] | None = None,
+    ):
         if not isinstance(table, Mapping) or not table:
             raise ConfigError("buckets", table, "state at least one, such as {'240p': {16: [1.0, 2]}}.")
         known = load_resolutions(resolutions)
+        self._measured = measured or {}
         names = {str(name): name for name in table}
         for name in names:
             if len(names) < len(table):
@@ -128,7 +141,7 @@ class Buckets:
             sizes = known[name]["sizes"]
             entries = [
                 self._add(name, num_frames, keep_prob, batch_size, sizes)
-                for num_frames, keep_prob, batch_size in _check_entries(name, table[names[name]])
+                for num_frames, keep_prob, batch_size in _check_entries(name, table[names[name]], self._measured)
             ]
             self._levels.append(_Level(name, known[name]["pixels"], sizes, entries))
         if not self._buckets:
@@ -137,8 +150,10 @@ class Buckets:
     def _add(self, name: str, num_frames: int, keep_prob: float, batch_size: int | None, sizes: Mapping) -> _Entry:
         entry = _Entry(num_frames, keep_prob, batch_size, len(self._buckets))
         if keep_prob > 0:
+            found = self._measured.get((name, num_frames))
+            more = (found.checkpointed, found.seconds) if found else ()
             self._buckets += [
-                Bucket(name, num_frames, aspect, height, width, keep_prob, batch_size)
+                Bucket(name, num_frames, aspect, height, width, keep_prob, batch_size, *more)
                 for aspect, (height, width) in sizes.items()
             ]
             self._siblings += [range(entry.first, len(self._buckets))] * len(sizes)
@@ -161,6 +176,12 @@ class Buckets:
     def batch_sizes(self) -> np.ndarray:
         """Batch size of each bucket, int64."""
         return np.array([b.batch_size for b in self._buckets], dtype=np.int64)
+
+    @property
+    def seconds(self) -> np.ndarray | None:
+        """Seconds of a step of each bucket, float64; None unless all were measured."""
+        known = [b.seconds for b in self._buckets]
+        return None if None in known else np.array(known, dtype=np.float64)
 
     def assign(
         self,
@@ -300,7 +321,7 @@ def _check_sizes(num_frames, height, width, frame_interval) -> tuple[np.ndarray,
     return arrays
 
 
-def _check_entries(resolution: str, entries: object) -> list[tuple[int, float, int | None]]:
+def _check_entries(resolution: str, entries: object, measured: Mapping) -> list[tuple[int, float, int | None]]:
     key = f"buckets.{resolution}"
     if not isinstance(entries, Mapping) or not entries:
         raise ConfigError(key, entries, "it must map numbers of frames to [keep_prob, batch_size].")
@@ -311,6 +332,9 @@ def _check_entries(resolution: str, entries: object) -> list[tuple[int, float, i
             raise ConfigError(key, num_frames, "the number of frames must be an integer of at least 1 (1: images).")
         if count in checked:
             raise ConfigError(key, num_frames, "this number of frames stands there twice.")
+        found = measured.get((resolution, int(count)))
+        if found and isinstance(entry, (list, tuple)) and len(entry) == 2:
+            entry = entry[0], found.batch_size
         checked[int(count)] = (int(count), *_check_entry(f"{key}.{count}", entry))
     return list(checked.values())
 

@@ -12,12 +12,16 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.model.config import STDiT2Config
+from stdit_fast.parallel.processes import launched_processes
+from stdit_fast.train import bucket_tables
+from stdit_fast.train.bucket_tables import BucketTable
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.degrees import check_setting
 from stdit_fast.train.shards import POSTERIORS, STORED_DTYPES
@@ -197,6 +201,9 @@ class TrainConfig:
 
     Attributes:
         buckets: resolution -> {num_frames: [keep_prob, batch size a GPU]}.
+        bucket_sizes: "config": the batch sizes that stand in `buckets`; "auto": those of the table that was measured
+            for this GPU (`train.bucket_tables`); or the path of such a table. On the command line `--buckets auto` says
+            the same as `--bucket_sizes auto`.
         resolutions: JSON file with further resolutions, which win over those of the package. The file is looked
             for under the name given, then beside the shipped configs.
         mask_ratios: share of each mask strategy, summing to 1.
@@ -226,6 +233,7 @@ class TrainConfig:
     """
 
     buckets: dict = field(default_factory=dict)
+    bucket_sizes: str = "config"
     resolutions: str | None = None
     mask_ratios: dict[str, float] = field(default_factory=dict)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -267,18 +275,23 @@ class TrainConfig:
 
 
 def parse(
-    arguments: list[str] | None = None, *, program: str = "stdit_fast.train", what: str = "Trains an STDiT-2."
+    arguments: list[str] | None = None,
+    *,
+    program: str = "stdit_fast.train",
+    what: str = "Trains an STDiT-2.",
+    checked: bool = True,
 ) -> TrainConfig:
     """The configuration of a command line: `--config FILE [--any.key value ...]`, the latter winning.
 
     Args:
         arguments: those of the process if None.
         program, what: its name, and what it does, for `--help`.
+        checked: whether values are held against each other and against what exists, as a run needs it (`check`).
 
     Raises:
         ConfigError: an unknown key (with the nearest known one) or a value that cannot be.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = _short_forms(sys.argv[1:] if arguments is None else arguments)
     _check_command_line(arguments)
     _check_config_files(arguments)
     parser = ArgumentParser(prog=program, exit_on_error=False, description=what)
@@ -290,8 +303,21 @@ def parse(
         raise _explain(error) from error
     parsed.pop("config", None)
     config = _to_dataclass(TrainConfig, parser.instantiate(parsed))
-    check(config)
+    if checked:
+        check(config)
     return config
+
+
+def _short_forms(arguments: list[str]) -> list[str]:
+    """`--buckets auto` in full: what is kept of which length stays as it is, and sizes come from the measured table."""
+    out, rest = [], iter(arguments)
+    for argument in rest:
+        if argument == "--buckets":
+            value = next(rest, None)
+            out += ["--bucket_sizes", "auto"] if value == "auto" else [argument, *([] if value is None else [value])]
+        else:
+            out.append("--bucket_sizes=auto" if argument == "--buckets=auto" else argument)
+    return out
 
 
 def _to_dataclass(cls: type, values: Namespace | dict):
@@ -438,7 +464,50 @@ def _check_range(config: TrainConfig, key: str, low: float, high: float = math.i
 
 def make_buckets(config: TrainConfig) -> Buckets:
     """The buckets of a configuration; raises ConfigError for a table that cannot be."""
-    return Buckets(config.buckets, resolutions_file(config.resolutions))
+    table = size_table(config)
+    return Buckets(config.buckets, resolutions_file(config.resolutions), table.buckets if table else None)
+
+
+def size_table(config: TrainConfig) -> BucketTable | None:
+    """The measured table of batch sizes that `bucket_sizes` asks for; None where `buckets` has them.
+
+    Raises:
+        ConfigError: there is none for this GPU and run, or the one that is named does not fit the run.
+    """
+    if config.bucket_sizes == "config":
+        return None
+    run = bucket_tables.Run(
+        *_gpu(),
+        world_size=launched_processes(),
+        encoders=config.features.path is None,
+        model={key: getattr(config.model, key) for key in bucket_tables.MODEL_KEYS},
+        text_tokens=config.text_encoder.model_max_length,
+        wanted=_kept(config.buckets),
+    )
+    if config.bucket_sizes == "auto":
+        return bucket_tables.find(run)
+    table = bucket_tables.read(config.bucket_sizes)
+    reason = bucket_tables.unfit(table, run)
+    if reason:
+        raise ConfigError("bucket_sizes", config.bucket_sizes, f"{reason}; use auto, or another table")
+    return table
+
+
+def _gpu() -> tuple[str | None, float | None]:
+    """(name, GiB of memory) of the GPU here."""
+    if not torch.cuda.is_available():
+        return None, None
+    return torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory / 2**30
+
+
+def _kept(table: dict) -> tuple[tuple[str, int], ...]:
+    """(resolution, number of frames) of what a table of buckets keeps; what is no table is refused elsewhere."""
+    kept = []
+    for resolution, lengths in table.items() if isinstance(table, dict) else ():
+        for frames, entry in lengths.items() if isinstance(lengths, dict) else ():
+            if str(frames).strip().isdigit() and isinstance(entry, (list, tuple)) and entry and entry[0]:
+                kept.append((str(resolution), int(frames)))
+    return tuple(kept)
 
 
 def resolutions_file(name: str | None) -> Path | None:

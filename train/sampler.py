@@ -7,9 +7,14 @@ state is a position in the list, and a run resumes in mid-epoch on any number of
 
 Where several ranks share the batches of some buckets, the list is made of units: batches that together occupy as many
 ranks as the largest of such groups. A step then takes as many units as there are ranks for.
+
+Where the buckets' step times are known, the list is arranged such that the batches of a step take about as long
+(`balance`). It then depends on these times and on the number of batches a step; a run that is resumed on another
+number of ranks keeps an epoch's arrangement until its end.
 """
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -17,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.train.balance import balanced_order, imbalance
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.degrees import pack
 from stdit_fast.train.randomness import hash_uniform, sample_rng
@@ -40,6 +46,7 @@ class BatchRequest:
         step_samples: samples in the whole optimizer step, over all ranks and micro-batches.
         step_batches: batches in the whole optimizer step, likewise; 0: not part of a step.
         parts, part: how many ranks share the batch, and which of them this one is.
+        imbalance: what waiting for the slowest rank is expected to add to the step; 0 where no times are known.
     """
 
     epoch: int
@@ -51,6 +58,7 @@ class BatchRequest:
     step_batches: int = 0
     parts: int = 1
     part: int = 0
+    imbalance: float = 0.0
 
 
 class BucketReport(NamedTuple):
@@ -76,6 +84,9 @@ class EpochPlan:
         degrees: int64 [buckets], ranks that share a batch.
         unit_start: int64 [units + 1], where each unit begins in the order of training.
         misfits: reason -> number of samples that are in no bucket.
+
+    Args:
+        seconds: of a step of each bucket; with them, every `group` units in a row take about as long.
     """
 
     def __init__(
@@ -87,6 +98,8 @@ class EpochPlan:
         seed: int,
         drop_last: bool,
         degrees: np.ndarray,
+        seconds: np.ndarray | None = None,
+        group: int = 1,
     ):
         self.epoch, self.batch_sizes, self.misfits, self.degrees = epoch, batch_sizes, misfits, degrees
         self.order, self.bounds = _group(assigned, len(batch_sizes), sample_rng(seed, epoch, 0, "samples"))
@@ -98,10 +111,20 @@ class EpochPlan:
         shuffle = sample_rng(seed, epoch, 0, "batches").permutation(len(bucket))
         packed, self.unit_start = pack(degrees[bucket[shuffle]], int(degrees.max()), drop_last)
         shuffle = shuffle[packed]
+        if seconds is not None and len(shuffle):
+            shuffle = shuffle[self._arrange(seconds, bucket[shuffle], group, sample_rng(seed, epoch, 0, "balance"))]
         self.batch_bucket, self.batch_number = bucket[shuffle], number[shuffle]
 
     def __len__(self) -> int:
         return len(self.batch_bucket)
+
+    def _arrange(self, seconds: np.ndarray, buckets: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
+        """The order of batches, of these buckets, in which every `group` units take about as long; moves the units."""
+        units = np.maximum.reduceat(seconds[buckets] / self.degrees[buckets], self.unit_start[:-1])
+        order = balanced_order(units, group, rng)
+        lengths, starts = np.diff(self.unit_start)[order], self.unit_start[:-1][order]
+        self.unit_start = np.concatenate([[0], np.cumsum(lengths)])
+        return np.repeat(starts - self.unit_start[:-1], lengths) + np.arange(len(buckets))
 
     @property
     def num_units(self) -> int:
@@ -213,6 +236,8 @@ class BucketSampler:
         self.degrees = np.ones(len(buckets), dtype=np.int64) if degrees is None else degrees
         self.slots = int(self.degrees.max())  # ranks of a unit
         self.epoch, self.position = 0, 0
+        self._seconds = buckets.seconds
+        self._groups: dict[int, int] = {}  # of epochs that were begun with another number of batches a step
         self._plans: dict[int, EpochPlan] = {}
         self.plan(0)
 
@@ -242,7 +267,12 @@ class BucketSampler:
 
         assigned = self.buckets.assign(*self._sizes, self.frame_interval, draw)
         misfits = self.buckets.count_misfits(*self._sizes, self.frame_interval, assigned)
-        return EpochPlan(epoch, assigned, self.buckets.batch_sizes, misfits, self.seed, self.drop_last, self.degrees)
+        options = {"degrees": self.degrees, "seconds": self._seconds, "group": self._group(epoch)}
+        return EpochPlan(epoch, assigned, self.buckets.batch_sizes, misfits, self.seed, self.drop_last, **options)
+
+    def _group(self, epoch: int) -> int:
+        """How many units in a row are arranged to take about as long."""
+        return self._groups.get(epoch, self.units_per_step)
 
     def steps_per_epoch(self, epoch: int) -> int:
         """Optimizer steps in an epoch when it is trained from its start on this number of ranks."""
@@ -266,6 +296,7 @@ class BucketSampler:
         batches = [np.arange(*plan.unit_start[unit : unit + 2]) for unit in units]
         all_batches = np.concatenate(batches)
         step_samples = int(plan.batch_sizes[plan.batch_bucket[all_batches]].sum())
+        waiting = self._waiting(plan, batches)
         for own in batches[self.rank // self.slots :: self.world_size // self.slots]:
             # The batches of a unit stand side by side on its ranks.
             degrees = plan.degrees[plan.batch_bucket[own]]
@@ -274,7 +305,15 @@ class BucketSampler:
             request = self.request(plan, int(own[place]), step_samples)
             parts = int(degrees[place])
             part = self.rank % self.slots - int(last[place] - parts)
-            yield replace(request, step_batches=len(all_batches), parts=parts, part=part)
+            yield replace(request, step_batches=len(all_batches), parts=parts, part=part, imbalance=waiting)
+
+    def _waiting(self, plan: EpochPlan, units: list[np.ndarray]) -> float:
+        """What waiting for the slowest rank is expected to add to a step of these units; 0 where no times are known."""
+        if self._seconds is None:
+            return 0.0
+        buckets = plan.batch_bucket[np.concatenate(units)]
+        degrees = plan.degrees[buckets]
+        return imbalance(np.repeat(self._seconds[buckets] / degrees, degrees).reshape(-1, self.world_size))
 
     def request(self, plan: EpochPlan, index: int, step_samples: int) -> BatchRequest:
         """What to load for one batch of a plan."""
@@ -306,14 +345,23 @@ class BucketSampler:
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        """Where the training stands: the seed, the epoch, the position in its global list and the list's length."""
-        return {
+        """Where the training stands: the seed, the epoch, the position in its global list, and what that depends on."""
+        state = {
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self.position,
             "batches": len(self.plan(self.epoch)),
             "slots": self.slots,
         }
+        if self._seconds is not None:
+            state |= {"measured": self._fingerprint(), "group": self._group(self.epoch)}
+        return state
+
+    def _fingerprint(self) -> int | None:
+        """Of measured batch sizes and times, on which the list depends; None without."""
+        if self._seconds is None:
+            return None
+        return zlib.crc32(self.buckets.batch_sizes.tobytes() + self._seconds.tobytes())
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on where `state` was taken, on any number of ranks and with any gradient accumulation.
@@ -329,12 +377,17 @@ class BucketSampler:
                 "seed", self.seed, f"the checkpoint was trained with {state['seed']}: use that to resume."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        measured = self._fingerprint()
+        same = state.get("measured") == measured
+        if measured is not None and same:
+            self._groups = {self.epoch: int(state["group"])}
+            self._plans.pop(self.epoch, None)
         batches = len(self.plan(self.epoch))
         before, now = (state.get("batches", batches), state.get("slots", self.slots)), (batches, self.slots)
-        if self.position and before != now:
+        if self.position and not (same and before == now):
             log.warning(
-                "epoch %d has %d batches for groups of %d ranks now and had %d for %d: the data, the buckets or the "
-                "groups have changed, so it begins anew",
+                "epoch %d has %d batches for groups of %d ranks now and had %d for %d: the data, the buckets, their "
+                "sizes or the groups have changed, so it begins anew",
                 self.epoch,
                 *now,
                 *before,

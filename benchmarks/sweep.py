@@ -1,0 +1,496 @@
+"""Batch sizes for this GPU: for every bucket of a config how many samples, and how many blocks to recompute.
+
+    python -m stdit_fast.benchmarks.sweep --config train/configs/stage2.yaml
+
+so that all buckets take about the same time a step, and none can run out of memory. A few probes fit a model of time
+and memory (`sweep_model`); a step time is chosen from it, or given; every bucket is then measured at its size, and the
+size corrected by what was measured. It is sized for the worst case: the aspect ratio with the most tokens, full
+captions, autoencoder and text encoder where the config has them (measured by themselves, and added), optimizer,
+average, and a margin.
+
+FOLDER gets <config>.yaml for each config (with `-encoders` at its end where they run in the step), which
+`--buckets auto` finds in its usual place; sweep.jsonl, every measurement; report.html, a page to read. The same command
+goes on after an interruption: what is in sweep.jsonl is not measured again.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from stdit_fast.benchmarks.records import Record, append, command_line, installed_versions
+from stdit_fast.benchmarks.step import positions_of, step_flops
+from stdit_fast.benchmarks.sweep_encoders import EncodingCost, measure_encoding
+from stdit_fast.benchmarks.sweep_model import (
+    GIB,
+    Choice,
+    Probe,
+    Shape,
+    StepModel,
+    best_target,
+    closest,
+    efficiency,
+    imbalance,
+    spread,
+)
+from stdit_fast.benchmarks.sweep_step import StepMeasurer
+from stdit_fast.errors import ConfigError
+from stdit_fast.model.memory import memory_limit
+from stdit_fast.train import bucket_tables
+from stdit_fast.train.bucket_tables import BucketTable, Entry
+from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.config import TrainConfig, model_config, parse, resolutions_file
+
+# Blocks come and go in many sizes, so that the allocator cannot use every byte; and a run differs from a measurement.
+MARGIN = 0.06
+# What NCCL and the gradients' buckets on their way take where there are several ranks.
+COMMUNICATION = 1536 << 20
+TRIES = 5  # probes of one bucket until its choice stands
+BETTER = 0.02  # a choice is given up for another that is expected to be better by so much,
+BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much
+T5_CHANNELS = 4096
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What measurements depend on; those of other conditions say nothing.
+
+    Attributes:
+        device, memory_gib: the GPU.
+        budget: bytes that a step may allocate.
+        world_size, model, text_tokens: as in a table.
+        depth: blocks of the model.
+    """
+
+    device: str
+    memory_gib: float
+    budget: float
+    world_size: int
+    model: dict
+    text_tokens: int
+
+    @property
+    def depth(self) -> int:
+        return self.model["depth"]
+
+
+@dataclass
+class Stage:
+    """One config: its name, its buckets at their worst, its own batch sizes; and what came out."""
+
+    name: str
+    shapes: list[Shape]
+    original: dict[Shape, int]
+    seconds: float | None = None  # the target, once chosen
+    choices: dict[Shape, Choice] = field(default_factory=dict)
+
+
+def worst_shapes(config: TrainConfig) -> dict[Shape, int]:
+    """Each (resolution, frames) that a config keeps, at the aspect ratio with the most tokens, with its batch size."""
+    buckets = Buckets(config.buckets, resolutions_file(config.resolutions))
+    worst: dict[tuple[str, int], Shape] = {}
+    sizes = {}
+    for b in buckets:
+        shape = Shape(b.resolution, b.num_frames, b.height, b.width, positions_of(b.height, b.width))
+        key = (b.resolution, b.num_frames)
+        if key not in worst or _size(shape) > _size(worst[key]):
+            worst[key], sizes[key] = shape, b.batch_size
+    return {shape: sizes[key] for key, shape in worst.items()}
+
+
+def _size(shape: Shape) -> tuple[int, int]:
+    return shape.positions, shape.height * shape.width
+
+
+def _batch_near(shape: Shape, tokens: float, depth: int) -> tuple[int, int]:
+    """(batch of about so many tokens, blocks to recompute): none, or all where one sample has more than that."""
+    batch = round(tokens / shape.tokens(1))
+    return (min(batch, 256), 0) if batch >= 1 else (1, depth)
+
+
+class Sweep:
+    """The search.
+
+    Args:
+        stages: configs whose tables are wanted; what they have in common is measured once.
+        conditions: of the measurements.
+        measure: (shape, batch, checkpointed blocks) -> Probe.
+        record: is given each new probe.
+        known: probes of an earlier, interrupted sweep.
+        step_seconds: the target for all stages; None: chosen for each.
+        encoding: what autoencoder and text encoder add; None: they do not run.
+        verify: whether every choice is measured; False: it may follow from what is known of its bucket.
+        say: prints progress.
+
+    Raises:
+        ConfigError: encoders that do not fit.
+    """
+
+    def __init__(
+        self,
+        stages: list[Stage],
+        conditions: Conditions,
+        measure: Callable[[Shape, int, int], Probe],
+        record: Callable[[Probe], None] = lambda probe: None,
+        known: list[Probe] | None = None,
+        step_seconds: float | None = None,
+        encoding: EncodingCost | None = None,
+        verify: bool = True,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
+        self.step_seconds, self.encoding, self.verify, self.say = step_seconds, encoding, verify, say
+        self.model = StepModel(conditions.depth, known or [], encoding.seconds if encoding else None)
+        self.budget = conditions.budget - (encoding.held if encoding else 0)
+        if encoding and encoding.held + encoding.peak > 0.75 * conditions.budget:
+            peak = (encoding.held + encoding.peak) / GIB
+            raise ConfigError(
+                "vae.micro_batch_size", None, f"encoding alone takes {peak:.1f} GiB; use a smaller number"
+            )
+        self.count = 0
+
+    @property
+    def shapes(self) -> list[Shape]:
+        return list(dict.fromkeys(shape for stage in self.stages for shape in stage.shapes))
+
+    def run(self) -> None:
+        """Fits, chooses, verifies; every stage then has its target and choices, all of them measured."""
+        for shape, batch, checkpointed in self._anchors():
+            self._probe(shape, batch, checkpointed)
+        if self.model.time is None:
+            remedy = "no step ran, not even small ones; what else holds this GPU's memory?"
+            raise ConfigError("buckets", [stage.name for stage in self.stages], remedy)
+        for stage in self.stages:
+            self._choose_target(stage)
+            self._settle(stage)
+            if self.verify and self._choose_target(stage):  # what was measured may speak for another step time
+                self._settle(stage)
+
+    # ------------------------------------------------------------------ probes
+
+    def _anchors(self) -> list[tuple[Shape, int, int]]:
+        """What is measured first: a small step of each bucket, and large ones, with blocks recomputed, of the extremes.
+
+        Nothing is known of memory then, so tokens are such that what is expected to be kept leaves plenty of room: 22
+        values a token, channel and block, of recomputed blocks 2, and 45 for the block that is under way.
+        """
+        depth, shapes = self.conditions.depth, self.shapes
+        value = 2 * self.conditions.model["hidden_size"]
+        room = 0.6 * self.conditions.budget - 20 * GIB * (self.conditions.budget > 40 * GIB)
+        kept, again = room / (value * 22 * depth), room / (value * (2 * depth + 45))
+        images = sorted((s for s in shapes if s.frames == 1), key=lambda s: s.positions)
+        videos = sorted((s for s in shapes if s.frames > 1), key=lambda s: s.positions)
+        longest = sorted(videos, key=lambda s: s.frames)
+        extremes = dict.fromkeys([*images[:1], *images[-1:], *videos[:1], *videos[-1:], *longest[-1:]])
+        anchors = [(s, *_batch_near(s, kept, depth)) for s in shapes]
+        for i, shape in enumerate(extremes):
+            anchors.append((shape, _batch_near(shape, again / 2, depth)[0], depth if i % 2 else depth // 2))
+        return list(dict.fromkeys(anchors))
+
+    def _probe(self, shape: Shape, batch: int, checkpointed: int) -> None:
+        """Measures, unless that is known."""
+        if self.model.find(shape, batch, checkpointed) is not None:
+            return
+        started = time.perf_counter()
+        probe = self.measure(shape, batch, checkpointed)
+        self.count += 1
+        self.model.add(probe)
+        self.record(probe)
+        told = f"{probe.median:8.3f} s {probe.peak / GIB:7.1f} GiB" if probe.ran else "      out of memory  "
+        took = time.perf_counter() - started
+        self.say(f"{shape.name:<10} batch {batch:<4} recomputed {checkpointed:<3}{told}   ({took:.1f} s)")
+
+    # ----------------------------------------------------------------- choosing
+
+    def _options(self, stage: Stage, longest: float) -> dict[Shape, list[Choice]]:
+        try:
+            return {s: self.model.options(s, self.budget, longest) for s in stage.shapes}
+        except ValueError as error:
+            remedy = f"{error}; give it keep_prob 0, split its frames over GPUs, or take a GPU with more memory"
+            raise ConfigError("buckets", stage.name, remedy) from error
+
+    def _longest(self, stage: Stage) -> float:
+        """Seconds beyond which no step time is considered."""
+        if self.step_seconds is not None:
+            return 1.5 * self.step_seconds
+        first = self._options(stage, 0.0)
+        return 5 * max(found[0].seconds for found in first.values())
+
+    def _choose_target(self, stage: Stage) -> bool:
+        """Sets the step time; says whether it is another than before."""
+        if self.step_seconds is not None:
+            changed, stage.seconds = stage.seconds is None, self.step_seconds
+            return changed
+        options = self._options(stage, self._longest(stage))
+        best = best_target(options)
+        if stage.seconds is not None:
+            now, then = (
+                efficiency(options, [closest(found, t) for found in options.values()]) for t in (best, stage.seconds)
+            )
+            if now - then < BETTER_TARGET:
+                return False
+        stage.seconds = best
+        self.say(f"{stage.name}: {best:.3f} s a step")
+        return True
+
+    def _settle(self, stage: Stage) -> None:
+        """Chooses for each bucket; measures it, and chooses anew by what was measured, until the choice stands."""
+        for shape in stage.shapes:
+            choice = closest(self._options_of(shape, stage), stage.seconds)
+            for _ in range(TRIES if self.verify else 0):
+                if self._stands(choice, self.model.measured(shape, self.budget), stage.seconds):
+                    break
+                self._probe(shape, choice.batch, choice.checkpointed)
+                choice = closest(self._options_of(shape, stage), stage.seconds)
+            measured = self.model.measured(shape, self.budget)
+            if self.verify and not measured:
+                raise ConfigError(
+                    "buckets", shape.name, "no size of it was found that fits this GPU; give it keep_prob 0"
+                )
+            stage.choices[shape] = self._leanest(measured, stage.seconds) if self.verify else choice
+
+    def _leanest(self, measured: list[Choice], seconds: float) -> Choice:
+        """The best of what was measured, with fewer recomputed blocks where these fit and save time."""
+        best = self._best(measured, seconds)
+        leaner = self.model.fitting(best.shape, best.batch, self.budget)
+        if leaner is not None and leaner.seconds < (1 - BETTER) * best.seconds:
+            self._probe(leaner.shape, leaner.batch, leaner.checkpointed)
+        same = [c for c in self.model.measured(best.shape, self.budget) if c.batch == best.batch]
+        return min(same, key=lambda c: c.seconds)
+
+    def _stands(self, choice: Choice, measured: list[Choice], seconds: float) -> bool:
+        """Whether the best of what was measured is about as good as the choice: as near to the target, and as fast."""
+        if not measured:
+            return False
+        best = self._best(measured, seconds)
+        nearer = abs(math.log(best.seconds / seconds)) - abs(math.log(choice.seconds / seconds))
+        faster = best.seconds / best.batch / (choice.seconds / choice.batch) - 1
+        return nearer < BETTER and faster < BETTER
+
+    @staticmethod
+    def _best(measured: list[Choice], seconds: float) -> Choice:
+        """The one nearest to the target; of those about as near the one that takes the fewest seconds a sample."""
+        nearest = closest(measured, seconds)
+        distance = abs(math.log(nearest.seconds / seconds)) + BETTER
+        near = [c for c in measured if abs(math.log(c.seconds / seconds)) <= distance]
+        return min(near, key=lambda c: c.seconds / c.batch)
+
+    def _options_of(self, shape: Shape, stage: Stage) -> list[Choice]:
+        only = Stage(stage.name, [shape], {})
+        return self._options(only, 1.5 * stage.seconds)[shape]
+
+    # ------------------------------------------------------------------- tables
+
+    def table(self, stage: Stage) -> BucketTable:
+        """What came out, as training reads it."""
+        entries = {}
+        for shape, choice in stage.choices.items():
+            probe = self.model.find(shape, choice.batch, choice.checkpointed) if choice.measured else None
+            around = (min(probe.seconds) - probe.median, max(probe.seconds) - probe.median) if probe else (0.0, 0.0)
+            entries[shape.resolution, shape.frames] = Entry(
+                batch_size=choice.batch,
+                checkpointed=choice.checkpointed,
+                seconds=round(choice.seconds, 4),
+                seconds_low=round(choice.seconds + around[0], 4),
+                seconds_high=round(choice.seconds + around[1], 4),
+                peak_gib=round((choice.peak + (self.encoding.held if self.encoding else 0)) / GIB, 2),
+                tokens=shape.tokens(choice.batch),
+                height=shape.height,
+                width=shape.width,
+                measured=choice.measured,
+            )
+        of = self.conditions
+        return BucketTable(
+            device=of.device,
+            memory_gib=round(of.memory_gib, 2),
+            world_size=of.world_size,
+            encoders=self.encoding is not None,
+            step_seconds=round(stage.seconds, 3),
+            model=of.model,
+            text_tokens=of.text_tokens,
+            buckets=entries,
+            versions=installed_versions(),
+            date=date.today().isoformat(),
+            command=command_line(),
+        )
+
+
+def summary(stage: Stage) -> str:
+    """A line: how even the steps are."""
+    seconds = [c.seconds for c in stage.choices.values()]
+    return (
+        f"{stage.name}: {len(seconds)} buckets, {min(seconds):.3f} to {max(seconds):.3f} s a step, spread "
+        f"{spread(seconds):.1%}, slowest over mean {imbalance(seconds):.1%}"
+    )
+
+
+# ------------------------------------------------------------------- the files
+
+
+def as_record(probe: Probe, conditions: Conditions, config) -> Record:
+    """A probe as a line of results."""
+    shape, tokens = probe.shape, conditions.text_tokens
+    return Record.of_times(
+        "sweep",
+        f"{shape.name}-{probe.batch}-recomputed-{probe.checkpointed}",
+        "step",
+        [1000 * s for s in probe.seconds],
+        flops=step_flops(config, probe.batch, shape.frames, shape.positions, tokens),
+        peak_gib=round(probe.peak / GIB, 3) if probe.ran else None,
+        device=conditions.device,
+        notes={
+            "shape": [shape.resolution, shape.frames, shape.height, shape.width, shape.positions],
+            "batch": probe.batch,
+            "checkpointed": probe.checkpointed,
+            "seconds": [round(s, 5) for s in probe.seconds],
+            "out_of_memory": not probe.ran,
+            "conditions": _fingerprint(conditions),
+        },
+    )
+
+
+def _fingerprint(conditions: Conditions) -> dict:
+    return {
+        "memory_gib": round(conditions.memory_gib, 2),
+        "world_size": conditions.world_size,
+        "model": conditions.model,
+        "text_tokens": conditions.text_tokens,
+    }
+
+
+def read_probes(path: Path, conditions: Conditions) -> list[Probe]:
+    """The probes of an earlier sweep under the same conditions; a line that a kill left half written is passed over."""
+    probes = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        notes = record["notes"]
+        same = notes["conditions"] == json.loads(json.dumps(_fingerprint(conditions)))
+        if record["device"] != conditions.device or not same:
+            continue
+        resolution, *sizes = notes["shape"]
+        peak = round((record["peak_gib"] or 0) * GIB)
+        shape = Shape(resolution, *sizes)
+        probes.append(Probe(shape, notes["batch"], notes["checkpointed"], tuple(notes["seconds"]), peak))
+    return probes
+
+
+# ----------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    configs = [read_config(path) for path in args.config]
+    first = configs[0]
+    sizes = [{key: getattr(c.model, key) for key in bucket_tables.MODEL_KEYS} for c in configs]
+    if any(size != sizes[0] for size in sizes):
+        raise ConfigError("--config", [str(p) for p in args.config], "their models differ; sweep them one by one")
+    if not torch.cuda.is_available():
+        raise ConfigError("--config", str(args.config[0]), "a sweep measures, and there is no GPU; run it on one")
+    with_features = first.features.path is not None
+    modes = {"auto": [not with_features], "on": [True], "off": [False], "both": [False, True]}[args.encoders]
+    from stdit_fast.benchmarks.sweep_report import write_report  # which knows this module
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory
+    if args.memory_gib:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
+    conditions = Conditions(
+        device=torch.cuda.get_device_name(),
+        memory_gib=args.memory_gib or total / GIB,
+        budget=(1 - args.margin) * memory_limit(device.index),
+        world_size=args.world_size,
+        model=sizes[0],
+        text_tokens=max(c.text_encoder.model_max_length for c in configs),
+    )
+    out = args.out or bucket_tables.user_folder() / bucket_tables.folder_name(conditions.device, conditions.memory_gib)
+    file, started = out / "sweep.jsonl", time.perf_counter()
+    model = model_config(first, T5_CHANNELS)
+    originals = {path.stem: worst_shapes(config) for path, config in zip(args.config, configs, strict=True)}
+    encoding = None
+    if True in modes:
+        encoding = measure_encoding(
+            dict.fromkeys(shape for original in originals.values() for shape in original),
+            device,
+            text_tokens=conditions.text_tokens,
+            vae_frames=first.vae.micro_batch_size,
+            say=_say,
+        )
+    measurer = StepMeasurer(
+        model,
+        device,
+        world_size=args.world_size,
+        text_tokens=conditions.text_tokens,
+        ballast=COMMUNICATION if args.world_size > 1 else 0,
+    )
+    for encoders in modes:
+        ending = "-encoders" if encoders else ""
+        sweep = Sweep(
+            [Stage(f"{name}{ending}", list(original), original) for name, original in originals.items()],
+            conditions,
+            measurer,
+            record=lambda probe: append(file, [as_record(probe, conditions, model)]),
+            known=read_probes(file, conditions),
+            step_seconds=args.step_seconds,
+            encoding=encoding if encoders else None,
+            verify=args.encoders != "both" or not encoders,
+            say=_say,
+        )
+        _say(f"{conditions.device}, {sweep.budget / GIB:.1f} GiB for a step; {len(sweep.model.probes)} probes known")
+        sweep.run()
+        for stage in sweep.stages:
+            bucket_tables.write(out / f"{stage.name}.yaml", sweep.table(stage))
+            _say(summary(stage))
+        write_report(out / f"report{ending}.html", sweep, model)
+        _say(f"{sweep.count} probes, {time.perf_counter() - started:.0f} s; tables, measurements and report in {out}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="stdit_fast.benchmarks.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", nargs="+", type=Path, required=True, help="training configs, one table each")
+    parser.add_argument("--out", type=Path, help="folder of the tables; by default where `--buckets auto` looks first")
+    parser.add_argument("--step-seconds", type=float, help="step time to aim at; by default chosen for throughput")
+    parser.add_argument("--world-size", type=int, default=1, help="GPUs that share the optimizer's state (ZeRO)")
+    parser.add_argument(
+        "--encoders", choices=("auto", "on", "off", "both"), default="auto",
+        help="whether autoencoder and T5-XXL run in the step; auto: where the config reads no features; both: tables "
+        "for either, those with encoders from the same probes",
+    )  # fmt: skip
+    parser.add_argument("--margin", type=float, default=MARGIN, help="share of the memory that is left alone")
+    parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
+    args = parser.parse_args(arguments)
+    for name, low, high in (("step_seconds", 1e-3, 3600), ("world_size", 1, 1 << 20), ("margin", 0, 0.5)):
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"--{name.replace('_', '-')}", value, f"use a value between {low} and {high}")
+    return args
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A training config, without what a run needs beside (data, weights)."""
+    return parse(["--config", str(path)], program="stdit_fast.benchmarks.sweep", checked=False)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,266 @@
+"""Time and memory of a training step as functions of bucket, batch size and recomputed blocks, fitted from few probes.
+
+Memory is linear in tokens, in tokens times the blocks that keep what their backward pass needs, and in samples (text)
+and frames (modulation). Time has a floor, is linear in tokens, and has a term for attention within a frame and one over
+frames; recomputing a share of the blocks adds that share of a forward pass. All coefficients are at least 0. What the
+formula misses of one bucket is made up by a factor from its own probes: a choice that has been measured is known.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+GIB = 2**30
+OUT_OF_MEMORY = 1.08  # more is expected of a bucket after each time that it ran out of memory
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One (resolution, number of frames) at the aspect ratio that has the most tokens; sizes in pixels.
+
+    positions: tokens of a frame.
+    """
+
+    resolution: str
+    frames: int
+    height: int
+    width: int
+    positions: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.resolution}-{self.frames}"
+
+    def tokens(self, batch: int) -> int:
+        return batch * self.frames * self.positions
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measurement. `seconds`: of each repeat; empty where it ran out of memory. `peak`: bytes allocated at most."""
+
+    shape: Shape
+    batch: int
+    checkpointed: int
+    seconds: tuple[float, ...] = ()
+    peak: int = 0
+
+    @property
+    def ran(self) -> bool:
+        return bool(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way to run a bucket, and what is expected of it; `measured`: whether that very step was measured."""
+
+    shape: Shape
+    batch: int
+    checkpointed: int
+    seconds: float
+    peak: float
+    measured: bool = False
+
+
+class StepModel:
+    """Predicts seconds and bytes of a step.
+
+    Args:
+        depth: blocks of the model.
+        probes: what is known; `add` brings more.
+        encoding: seconds that encoding adds to a step of so many samples of a shape; None: nothing is encoded.
+    """
+
+    def __init__(self, depth: int, probes: Iterable[Probe] = (), encoding: Callable[[Shape, int], float] | None = None):
+        self.depth, self.encoding = depth, encoding
+        self.probes: list[Probe] = list(probes)
+        self.time_errors: list[float] = []
+        self.memory_errors: list[float] = []
+        self._fit()
+
+    def add(self, probe: Probe) -> None:
+        self.probes.append(probe)
+        self._fit()
+
+    def _fit(self) -> None:
+        ran = [p for p in self.probes if p.ran]
+        self._by_shape: dict[Shape, list[Probe]] = {}
+        for probe in self.probes:
+            self._by_shape.setdefault(probe.shape, []).append(probe)
+        self.time = self.memory = None
+        if not ran:
+            return  # then nothing can be predicted yet
+        self.time = non_negative_fit([self._time_terms(p) for p in ran], [p.median for p in ran])
+        self.memory = non_negative_fit([self._memory_terms(p) for p in ran], [p.peak for p in ran])
+        self.time_errors = [p.median / self._formula(self.time, self._time_terms(p)) - 1 for p in ran]
+        self.memory_errors = [p.peak / self._formula(self.memory, self._memory_terms(p)) - 1 for p in ran]
+
+    def _time_terms(self, of: "Probe | Choice") -> list[float]:
+        shape, tokens = of.shape, of.shape.tokens(of.batch)
+        again = of.checkpointed / self.depth
+        over_frames = tokens * shape.frames if shape.frames > 1 else 0
+        work = [tokens, tokens * shape.positions, over_frames]
+        return [1.0, *work, of.batch, tokens * again, tokens * shape.positions * again]
+
+    def _memory_terms(self, of: "Probe | Choice") -> list[float]:
+        tokens = of.shape.tokens(of.batch)
+        # Of checkpointed blocks one at a time is there as a whole.
+        kept = max(self.depth - of.checkpointed, 1)
+        return [1.0, tokens, tokens * kept, of.batch, of.batch * of.shape.frames]
+
+    @staticmethod
+    def _formula(coefficients: np.ndarray, terms: list[float]) -> float:
+        return float(np.dot(coefficients, terms))
+
+    def seconds(self, shape: Shape, batch: int, checkpointed: int) -> float:
+        """Expected seconds of a step; measured ones where there are."""
+        at = Choice(shape, batch, checkpointed, 0, 0)
+        seconds, near = self._formula(self.time, self._time_terms(at)), self._nearest(at)
+        if near is not None:
+            seconds *= near.median / self._formula(self.time, self._time_terms(near))
+        return seconds + (self.encoding(shape, batch) if self.encoding else 0.0)
+
+    def find(self, shape: Shape, batch: int, checkpointed: int) -> Probe | None:
+        """The probe of that very step."""
+        wanted = shape, batch, checkpointed
+        return next((p for p in self.probes if (p.shape, p.batch, p.checkpointed) == wanted), None)
+
+    def measured(self, shape: Shape, budget: float) -> list[Choice]:
+        """What was measured of a bucket and fits into `budget` bytes."""
+        return [
+            Choice(shape, p.batch, p.checkpointed, self.seconds(shape, p.batch, p.checkpointed), p.peak, measured=True)
+            for p in self._by_shape.get(shape, [])
+            if p.ran and p.peak <= budget
+        ]
+
+    def peak(self, shape: Shape, batch: int, checkpointed: int) -> float:
+        """Expected bytes allocated at most; measured ones where there are; else on the safe side of errors."""
+        at = Choice(shape, batch, checkpointed, 0, 0)
+        own = self._by_shape.get(shape, [])
+        ran = [p for p in own if p.ran]
+        for probe in ran:
+            if (probe.batch, probe.checkpointed) == (batch, checkpointed):
+                return float(probe.peak)
+        known = [p.peak / self._formula(self.memory, self._memory_terms(p)) for p in ran]
+        factor = max(known) if known else 1 + max([0.0, *self.memory_errors])
+        factor *= OUT_OF_MEMORY ** (len(own) - len(ran))  # what was expected to fit did not
+        return factor * self._formula(self.memory, self._memory_terms(at))
+
+    def refuted(self, shape: Shape, batch: int, checkpointed: int) -> bool:
+        """Whether a probe with no more samples and no fewer recomputed blocks has run out of memory."""
+        return any(
+            not p.ran and p.batch <= batch and p.checkpointed >= checkpointed for p in self._by_shape.get(shape, [])
+        )
+
+    def _nearest(self, at: Choice) -> Probe | None:
+        """The shape's own probe that is most like it."""
+        ran = [p for p in self._by_shape.get(at.shape, []) if p.ran]
+        if not ran:
+            return None
+        return min(
+            ran,
+            key=lambda p: abs(np.log(p.batch / at.batch)) + abs(p.checkpointed - at.checkpointed) / self.depth,
+        )
+
+    # ---------------------------------------------------------------- choosing
+
+    def fitting(self, shape: Shape, batch: int, budget: float, least: int = 0) -> Choice | None:
+        """With the fewest recomputed blocks, `least` or more, that fit into `budget` bytes; None if none does."""
+        for count in range(least, self.depth + 1):
+            peak = self.peak(shape, batch, count)
+            if peak <= budget and not self.refuted(shape, batch, count):
+                known = self.find(shape, batch, count) is not None
+                return Choice(shape, batch, count, self.seconds(shape, batch, count), peak, known)
+        return None
+
+    def options(self, shape: Shape, budget: float, longest: float) -> list[Choice]:
+        """Every batch size that fits, up to the first whose step takes longer than `longest` seconds.
+
+        Raises:
+            ValueError: not even one sample fits.
+        """
+        found: list[Choice] = []
+        for batch in range(1, 1 << 14):
+            option = self.fitting(shape, batch, budget, found[-1].checkpointed if found else 0)
+            if option is None:
+                break
+            found.append(option)
+            if option.seconds > longest:
+                break
+        if not found:
+            raise ValueError(f"not even one sample of {shape.name} fits into {budget / GIB:.1f} GiB")
+        return found
+
+
+def non_negative_fit(terms: list[list[float]], values: list[float]) -> np.ndarray:
+    """Coefficients of at least 0 that minimise the relative errors' squares (an active-set method)."""
+    rows = np.asarray(terms, dtype=np.float64) / np.asarray(values, dtype=np.float64)[:, None]
+    scales = np.abs(rows).max(axis=0)
+    scales[scales == 0] = 1
+    rows = rows / scales
+    wanted = np.ones(len(rows))
+    active = list(range(rows.shape[1]))
+    while True:
+        # A trace of the ridge settles what few probes leave open.
+        design = np.concatenate([rows[:, active], 1e-4 * np.eye(len(active))])
+        found = np.linalg.lstsq(design, np.concatenate([wanted, np.zeros(len(active))]), rcond=None)[0]
+        if (found >= 0).all() or len(active) == 1:
+            break
+        active.pop(int(np.argmin(found)))
+    coefficients = np.zeros(rows.shape[1])
+    coefficients[active] = np.maximum(found, 0)
+    return coefficients / scales
+
+
+def closest(options: list[Choice], seconds: float) -> Choice:
+    """The option whose step is nearest to `seconds`, as a ratio."""
+    return min(options, key=lambda o: abs(np.log(o.seconds / seconds)))
+
+
+def efficiency(options: dict[Shape, list[Choice]], choices: list[Choice]) -> float:
+    """Share of the best rate that buckets get where every step takes as long as the slowest of `choices`, on average.
+
+    A bucket's best rate is its fewest seconds a sample. So recomputation and floors count, and so does waiting for the
+    slowest, where ranks train different buckets in one step.
+    """
+    slowest = max(c.seconds for c in choices)
+    ideal = [min(o.seconds / o.batch for o in options[c.shape]) for c in choices]
+    return float(np.mean([best * c.batch / slowest for best, c in zip(ideal, choices, strict=True)]))
+
+
+def spread(seconds: Iterable[float]) -> float:
+    """Slowest over fastest, less 1."""
+    values = list(seconds)
+    return max(values) / min(values) - 1
+
+
+def imbalance(seconds: Iterable[float]) -> float:
+    """Slowest over mean, less 1: what ranks wait where each trains another bucket."""
+    values = list(seconds)
+    return max(values) / float(np.mean(values)) - 1
+
+
+def targets(options: dict[Shape, list[Choice]], count: int = 160) -> np.ndarray:
+    """Step times worth trying: from the longest that one sample takes, to three times that."""
+    lowest = max(found[0].seconds for found in options.values())
+    return np.geomspace(lowest, 3 * lowest, count)
+
+
+def best_target(options: dict[Shape, list[Choice]], tolerance: float = 0.015) -> float:
+    """The step time of highest `efficiency`; of those within `tolerance` of it the one with the smallest spread."""
+    tried = targets(options)
+    chosen = [[closest(found, t) for found in options.values()] for t in tried]
+    shares = [efficiency(options, choices) for choices in chosen]
+    good = [i for i, share in enumerate(shares) if share >= max(shares) - tolerance]
+    return float(tried[min(good, key=lambda i: spread(c.seconds for c in chosen[i]))])
+
+
+def best_spread(options: dict[Shape, list[Choice]], near: float) -> float:
+    """The smallest spread that whole batch sizes allow with steps of about `near` seconds."""
+    tried = near * np.geomspace(0.8, 1.25, 200)
+    return min(spread(closest(found, t).seconds for found in options.values()) for t in tried)

@@ -1,0 +1,294 @@
+"""The sweep: its model of time and memory, the search with a simulated GPU, its files; one real step on the CPU."""
+
+import json
+import math
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from stdit_fast import STDiT2Config
+from stdit_fast.benchmarks import sweep as sweeping
+from stdit_fast.benchmarks.records import append
+from stdit_fast.benchmarks.sweep import Conditions, Stage, Sweep, as_record, read_probes, worst_shapes
+from stdit_fast.benchmarks.sweep_encoders import EncodingCost, measure_encoding
+from stdit_fast.benchmarks.sweep_model import (
+    GIB,
+    Probe,
+    Shape,
+    StepModel,
+    best_spread,
+    closest,
+    non_negative_fit,
+    spread,
+)
+from stdit_fast.benchmarks.sweep_report import write_report
+from stdit_fast.benchmarks.sweep_step import StateShard, StepMeasurer
+from stdit_fast.errors import ConfigError
+from stdit_fast.train import bucket_tables
+
+CONFIGS = Path(__file__).parents[1] / "train" / "configs"
+MODEL = {"hidden_size": 1152, "depth": 28, "num_heads": 16, "mlp_ratio": 4.0}
+CONDITIONS = Conditions("Fake GPU 80GB", 79.2, 74 * GIB, 1, MODEL, 200)
+
+
+class FakeGPU:
+    """A GPU whose steps take what a formula says, other than the model's: kernels' speed varies with the shape."""
+
+    def __init__(self, memory: float = 76 * GIB):
+        self.memory, self.calls = memory, []
+
+    def __call__(self, shape: Shape, batch: int, checkpointed: int) -> Probe:
+        self.calls.append((shape, batch, checkpointed))
+        tokens = shape.tokens(batch)
+        twist = 1 + 0.12 * math.sin(zlib.crc32(shape.name.encode()) % 1000)
+        again = 1 + 0.3 * checkpointed / 28
+        seconds = 0.04 + twist * again * tokens * (6e-6 + 7e-10 * shape.positions + 2e-9 * shape.frames)
+        kept = max(28 - checkpointed, 1)
+        peak = 17 * GIB + tokens * (2304 * 60 + 2304 * 20 * kept) + batch * 55e6
+        if peak * (1 + 0.01 * math.cos(tokens)) > self.memory:
+            return Probe(shape, batch, checkpointed)
+        return Probe(shape, batch, checkpointed, (seconds * 1.001, seconds, seconds * 0.999), int(peak))
+
+
+def stages(*names: str) -> list[Stage]:
+    found = []
+    for name in names:
+        original = worst_shapes(sweeping.read_config(CONFIGS / f"{name}.yaml"))
+        found.append(Stage(name, list(original), original))
+    return found
+
+
+def test_the_worst_aspect_ratio_of_each_bucket_counts():
+    (stage,) = stages("stage1")
+    sizes = {(s.resolution, s.frames): s for s in stage.shapes}
+    assert len(sizes) == 11 and ("256", 64) not in sizes, "an entry that keeps nothing is no bucket"
+    from stdit_fast.benchmarks.step import positions_of
+    from stdit_fast.resolutions import load_resolutions
+
+    for (resolution, _), shape in sizes.items():
+        every = [positions_of(h, w) for h, w in load_resolutions()[resolution]["sizes"].values()]
+        assert shape.positions == max(every)
+    assert stage.original[sizes["144p", 16]] == 6
+
+
+def test_a_fit_of_non_negative_coefficients():
+    terms = [[1.0, x, x * x] for x in range(1, 9)]
+    assert non_negative_fit(terms, [2 + 3 * t[1] for t in terms]) == pytest.approx([2, 3, 0], abs=2e-2)
+    assert (non_negative_fit(terms, [5 - 0.3 * t[1] for t in terms]) >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3"])
+def test_a_sweep_evens_out_the_steps_with_few_probes(name):
+    gpu = FakeGPU()
+    (stage,) = stages(name)
+    sweep = Sweep([stage], CONDITIONS, gpu)
+    sweep.run()
+    assert len(gpu.calls) == len(set(gpu.calls)) <= 6 + 3 * len(stage.shapes)
+    assert set(stage.choices) == set(stage.shapes)
+    for choice in stage.choices.values():
+        truth = gpu(choice.shape, choice.batch, choice.checkpointed)
+        assert truth.ran and truth.peak <= CONDITIONS.budget and truth.median == pytest.approx(choice.seconds)
+    options = {s: sweep.model.options(s, CONDITIONS.budget, 1.5 * stage.seconds) for s in stage.shapes}
+    reached = spread(c.seconds for c in stage.choices.values())
+    # Images of few tokens reach the memory's limit before the target: their text takes more than they do.
+    even = [c for c in stage.choices.values() if c.shape.frames > 1 or c.shape.positions > 400]
+    best = best_spread({c.shape: options[c.shape] for c in even}, stage.seconds)
+    assert spread(c.seconds for c in even) <= best + 0.15
+    assert all(c.batch == options[c.shape][-1].batch for c in stage.choices.values() if c.seconds < 0.6 * stage.seconds)
+    before = [gpu(s, b, 28).median for s, b in stage.original.items()]
+    assert reached < spread(before)
+
+
+def test_stages_share_their_probes_and_a_given_step_time_is_kept():
+    gpu = FakeGPU()
+    first, second = stages("stage2", "stage3")
+    sweep = Sweep([first, second], CONDITIONS, gpu, step_seconds=2.0)
+    sweep.run()
+    assert first.seconds == second.seconds == 2.0
+    shared = set(first.shapes) & set(second.shapes)
+    assert shared and all(
+        first.choices[s].seconds == pytest.approx(second.choices[s].seconds, rel=0.02) for s in shared
+    )
+    count = len(gpu.calls)
+    Sweep(stages("stage2"), CONDITIONS, gpu, step_seconds=2.0, known=sweep.model.probes).run()
+    assert len(gpu.calls) <= count + 2, "what is known is hardly measured again"
+    for choice in first.choices.values():
+        full = gpu(choice.shape, choice.batch + 1, 28)  # one more sample, all recomputed: the bucket is at its limit
+        assert choice.seconds == pytest.approx(2.0, rel=0.5) or choice.peak > 0.9 * CONDITIONS.budget, (choice, full)
+
+
+def test_a_gpu_that_is_smaller_than_it_seems_costs_probes_and_no_wrong_choice():
+    gpu = FakeGPU(memory=62 * GIB)
+    (stage,) = stages("stage1")
+    Sweep([stage], CONDITIONS, gpu).run()
+    for choice in stage.choices.values():
+        assert gpu(choice.shape, choice.batch, choice.checkpointed).ran
+    hopeless = Sweep(stages("stage1"), CONDITIONS, FakeGPU(memory=10 * GIB))
+    with pytest.raises(ConfigError, match="no step ran"):
+        hopeless.run()
+
+
+def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
+    file, config = tmp_path / "sweep.jsonl", STDiT2Config()
+
+    class Interrupted(Exception):
+        pass
+
+    def record(probe: Probe) -> None:
+        append(file, [as_record(probe, CONDITIONS, config)])
+        if len(file.read_text().splitlines()) == 20:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        Sweep(stages("stage2"), CONDITIONS, FakeGPU(), record=record).run()
+    with open(file, "a") as half:
+        half.write('{"suite": "sweep", "ca')
+    known = read_probes(file, CONDITIONS)
+    assert len(known) == 20
+    other = Conditions(**{**vars(CONDITIONS), "world_size": 8})
+    assert not read_probes(file, other), "probes under other conditions say nothing"
+    gpu = FakeGPU()
+    sweep = Sweep(stages("stage2"), CONDITIONS, gpu, known=known)
+    sweep.run()
+    again = {(p.shape, p.batch, p.checkpointed) for p in known} & set(gpu.calls)
+    assert not again
+    table = sweep.table(sweep.stages[0])
+    bucket_tables.write(tmp_path / "t.yaml", table)
+    read = bucket_tables.read(tmp_path / "t.yaml")
+    assert read.buckets == table.buckets and read.step_seconds == table.step_seconds
+
+
+def test_encoders_make_room_and_time_for_themselves():
+    gpu, cost = FakeGPU(), None
+    (plain,) = stages("stage1")
+    first = Sweep([plain], CONDITIONS, gpu)
+    first.run()
+    frame = {(s.height, s.width): 2e-3 for s in plain.shapes}
+    cost = EncodingCost((0.01, 6e-3), frame, held=10 * GIB, peak=12 * GIB)
+    (stage,) = stages("stage1")
+    count = len(gpu.calls)
+    sweep = Sweep([stage], CONDITIONS, gpu, known=first.model.probes, encoding=cost, verify=False)
+    sweep.run()
+    assert len(gpu.calls) == count, "its choices follow from what is known"
+    for shape, choice in stage.choices.items():
+        truth = gpu(shape, choice.batch, choice.checkpointed)
+        assert truth.peak <= CONDITIONS.budget - 10 * GIB
+        expected = truth.median + 0.01 + choice.batch * (6e-3 + 2e-3 * shape.frames)
+        assert choice.seconds == pytest.approx(expected, rel=0.05)
+    table = sweep.table(stage)
+    assert table.encoders and all(entry.peak_gib > 10 for entry in table.buckets.values())
+    assert not all(entry.measured for entry in table.buckets.values())
+    with pytest.raises(ConfigError, match="micro_batch_size"):
+        Sweep([stage], CONDITIONS, gpu, encoding=EncodingCost((0, 0), frame, held=10 * GIB, peak=60 * GIB))
+
+
+def test_encoding_is_measured_by_part():
+    class Encoder:
+        def __init__(self):
+            self.seen = []
+
+        def encode(self, content, noise=None):
+            self.seen.append(len(content) if noise is None else tuple(content.shape))
+
+    vae, text = Encoder(), Encoder()
+    shapes = [Shape("64p", 4, 64, 64, 16), Shape("64p", 8, 64, 64, 16), Shape("32p", 1, 32, 48, 6)]
+    cost = measure_encoding(shapes, torch.device("cpu"), text_tokens=8, vae_frames=16, encoders=(vae, text))
+    assert set(cost.frame_seconds) == {(64, 64), (32, 48)} and set(text.seen) == {2, 32}
+    assert {shape[3:] for shape in vae.seen} == {(64, 64), (32, 48)}
+    seconds = EncodingCost((0.5, 0.25), {(64, 64): 0.125}, 0, 0).seconds(shapes[0], 3)
+    assert seconds == 0.5 + 3 * (0.25 + 4 * 0.125)
+
+
+def test_the_report_is_one_page_without_links(tmp_path):
+    sweep = Sweep(stages("stage1"), CONDITIONS, FakeGPU())
+    sweep.run()
+    path = tmp_path / "report.html"
+    write_report(path, sweep, STDiT2Config())
+    page = path.read_text()
+    assert page.count("data:image/png;base64,") == 4 and "http" not in page and 'src="data' in page
+    for choice in sweep.stages[0].choices.values():
+        assert f"<td>{choice.shape.name}<td>" in page
+    assert not list(tmp_path.glob(".*")), "no draft stays"
+
+
+def test_bad_arguments_are_named(tmp_path, monkeypatch):
+    config = str(CONFIGS / "stage1.yaml")
+    for arguments, message in (
+        (["--config", config, "--margin", "0.9"], "--margin = 0.9"),
+        (["--config", config, "--world-size", "0"], "--world-size = 0"),
+        (["--config", "no.yaml"], "there is no such file"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweeping.main(arguments)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="there is no GPU"):
+        sweeping.main(["--config", config])
+
+
+def test_a_choice_with_the_nearest_time_is_taken():
+    model = StepModel(28, [FakeGPU()(Shape("144p", 16, 144, 256, 144), b, c) for b, c in ((4, 0), (12, 0), (20, 28))])
+    options = model.options(model.probes[0].shape, 74 * GIB, 0.6)
+    assert [o.batch for o in options] == list(range(1, len(options) + 1))
+    chosen = closest(options, 0.3)
+    assert all(abs(math.log(o.seconds / 0.3)) >= abs(math.log(chosen.seconds / 0.3)) for o in options)
+
+
+# ------------------------------------------------------------------ a real step, on the CPU
+
+
+def tiny(**changes) -> STDiT2Config:
+    return STDiT2Config(hidden_size=24, depth=2, num_heads=2, caption_channels=16, model_max_length=8, **changes)
+
+
+def test_a_step_is_measured_and_a_failure_recovered_from(monkeypatch):
+    measurer = StepMeasurer(tiny(), "cpu", text_tokens=8)
+    before = [p.detach().clone() for p in measurer.model.parameters()]
+    shape = Shape("64p", 4, 64, 64, 16)
+    probe = measurer(shape, 2, 1)
+    assert probe.ran and len(probe.seconds) >= 2 and all(s > 0 for s in probe.seconds)
+    assert measurer.model.last_checkpointed == 1
+    moved = [not torch.equal(a, b) for a, b in zip(before, measurer.model.parameters(), strict=True)]
+    assert any(moved), "the optimizer's step is part of it"
+    assert all(p.grad is None for p in measurer.model.parameters())
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("provoked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measurer.diffusion, "training_losses", fail)
+        assert not measurer(shape, 2, 1).ran
+    assert measurer(shape, 2, 0).ran
+
+
+def test_the_states_step_is_adamw_on_a_ranks_part():
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(5, 3)), torch.nn.Parameter(torch.randn(7))]
+    of_others = weights[0].detach().flatten()[8:].clone()
+    copies = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    whole, part = StateShard(weights, 1, 0.9), StateShard(copies, 2, 0.9)
+    plain = [torch.nn.Parameter(w.detach().clone()) for w in weights]
+    reference = torch.optim.AdamW(plain, lr=1e-6, weight_decay=0.0)
+    for _ in range(3):
+        grads = [torch.randn_like(w) for w in weights]
+        for group in (weights, copies, plain):
+            for p, g in zip(group, grads, strict=True):
+                p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(plain, 1.0)
+        reference.step()
+        whole.step()
+        part.step()
+    for mine, other in zip(weights, plain, strict=True):
+        assert torch.allclose(mine, other, atol=1e-7)
+    assert [m.numel() for m in part.masters] == [8, 4]
+    assert torch.equal(copies[0].flatten()[8:], of_others)
+
+
+def test_records_hold_what_a_later_sweep_needs():
+    probe = Probe(Shape("144p", 16, 144, 256, 144), 6, 3, (0.5, 0.6), 10 * GIB)
+    record = as_record(probe, CONDITIONS, STDiT2Config())
+    line = json.loads(json.dumps(vars(record)))
+    assert line["case"] == "144p-16-6-recomputed-3" and line["impl"] == "step" and line["peak_gib"] == 10
+    failed = as_record(Probe(probe.shape, 60, 0), CONDITIONS, STDiT2Config())
+    assert failed.ms is None and failed.notes["out_of_memory"]

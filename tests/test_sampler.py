@@ -381,3 +381,16 @@ def test_a_resumed_epoch_keeps_its_arrangement_on_another_number_of_ranks(caplog
         new = make(buckets=changed, sizes=sizes, world_size=4)
         new.load_state_dict(state)
         assert new.position == 0 and "begins" in caplog.text
+
+
+def test_balance_holds_where_ranks_share_batches():
+    buckets, sizes = measured(TIMES), make_sizes(3000)
+    degrees = np.array([2 if (b.resolution, b.num_frames) == ("144p", 16) else 1 for b in buckets])
+    options = {"buckets": buckets, "sizes": sizes, "world_size": 4, "degrees": degrees}
+    count = make(**options).steps_per_epoch(0)
+    steps = steps_of(count, **options)
+    shared = [[[buckets[r.bucket].seconds / r.parts for r in micro] for micro in step] for step in steps]
+    assert imbalance(np.array(shared).reshape(-1, 4)) < 0.05, "144p-16 takes 1 s on two ranks, as 240p-16 does on one"
+    assert {r.parts for r in flat(steps)} == {1, 2} and {r.part for r in flat(steps) if r.parts == 2} == {0, 1}
+    shown = Counter(tuple(r.samples) for r in flat(steps) if r.part == 0)
+    assert set(shown.values()) == {1}

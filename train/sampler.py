@@ -109,22 +109,24 @@ class EpochPlan:
         first = np.cumsum(self.batches_per_bucket) - self.batches_per_bucket
         number = np.arange(len(bucket), dtype=np.int32) - first.astype(np.int32)[bucket]
         shuffle = sample_rng(seed, epoch, 0, "batches").permutation(len(bucket))
-        packed, self.unit_start = pack(degrees[bucket[shuffle]], int(degrees.max()), drop_last)
+        slots, rng = int(degrees.max()), sample_rng(seed, epoch, 0, "balance")
+        if seconds is not None:  # so that units, too, are made of batches that take about as long
+            shuffle = shuffle[balanced_order((seconds / degrees)[bucket[shuffle]], slots, rng)]
+        packed, self.unit_start = pack(degrees[bucket[shuffle]], slots, drop_last)
         shuffle = shuffle[packed]
         if seconds is not None and len(shuffle):
-            shuffle = shuffle[self._arrange(seconds, bucket[shuffle], group, sample_rng(seed, epoch, 0, "balance"))]
+            shuffle = shuffle[self._arrange((seconds / degrees)[bucket[shuffle]], group, rng)]
         self.batch_bucket, self.batch_number = bucket[shuffle], number[shuffle]
 
     def __len__(self) -> int:
         return len(self.batch_bucket)
 
-    def _arrange(self, seconds: np.ndarray, buckets: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
-        """The order of batches, of these buckets, in which every `group` units take about as long; moves the units."""
-        units = np.maximum.reduceat(seconds[buckets] / self.degrees[buckets], self.unit_start[:-1])
-        order = balanced_order(units, group, rng)
+    def _arrange(self, seconds: np.ndarray, group: int, rng: np.random.Generator) -> np.ndarray:
+        """The order of batches of these times in which every `group` units take about as long; moves the units."""
+        order = balanced_order(np.maximum.reduceat(seconds, self.unit_start[:-1]), group, rng)
         lengths, starts = np.diff(self.unit_start)[order], self.unit_start[:-1][order]
         self.unit_start = np.concatenate([[0], np.cumsum(lengths)])
-        return np.repeat(starts - self.unit_start[:-1], lengths) + np.arange(len(buckets))
+        return np.repeat(starts - self.unit_start[:-1], lengths) + np.arange(len(seconds))
 
     @property
     def num_units(self) -> int:

@@ -94,6 +94,28 @@ def attention_table(path: Path) -> str:
     return "\n".join([*rows, "", _machine(list(records.values())), "", "`python -m stdit_fast.benchmarks.attention`"])
 
 
+def quick_table(path: Path) -> str:
+    """Markdown: a row for each case of `pytest benchmarks/ --quick` on a GPU: ours, and its peers in multiples."""
+    rows = ["| case | ours, ms | peers, in multiples of ours | of the ceiling |", "| --- | --- | --- | --- |"]
+    by_case: dict[str, list[dict]] = {}
+    for r in latest(path).values():
+        by_case.setdefault(f"{r['suite']} {r['case']}", []).append(r)
+    for case, records in by_case.items():
+        ours, *peers = sorted(records, key=lambda r: r["impl"] not in ("fused", "stdit_fast"))
+        held = ", ".join(ours["notes"].get("gpu", {}).get("throttled", {}))
+        ratios = ", ".join(f"{r['impl']} {r['ms'] / ours['ms']:.2f}" for r in peers)
+        share = ours["notes"].get("share_of_ceiling")
+        cells = f"{ours['ms']:.3f}{f' ({held})' * bool(held)} | {ratios or '-'}"
+        rows.append(f"| {case} | {cells} | {'-' if share is None else f'{share:.0%}'} |")
+    records = list(latest(path).values())
+    ceiling = next(r["notes"]["ceiling"] for r in records if "ceiling" in r["notes"])
+    machine = (
+        f"{_machine(records)[:-1]}; a copy reads and writes {ceiling['copy_bytes_per_s'] / 1e12:.2f} TB/s, a GEMM "
+    )
+    machine += f"does {ceiling['gemm_flops_per_s'] / 1e12:.0f} TFLOP/s. In brackets: what held the clocks down."
+    return "\n".join([*rows, "", machine, "", "`pytest benchmarks/ --quick --records quick.jsonl`"])
+
+
 def _figures(r: dict) -> str:
     """Time with its spread, rate and memory, as cells."""
     peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
@@ -113,12 +135,13 @@ def _machine(records: list[dict]) -> str:
 
 def tables() -> dict[str, str]:
     """Every generated part of the README by its name."""
-    results = ROOT / "benchmarks" / "results" / "h200"
+    results, h100 = (ROOT / "benchmarks" / "results" / gpu for gpu in ("h200", "h100"))
     return {
         "step h200": step_table(results / "step.jsonl"),
         "sample h200": sample_table(results / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
         "attention h200": attention_table(results / "attention.jsonl"),
+        "quick h100": quick_table(h100 / "quick.jsonl"),
     }
 
 

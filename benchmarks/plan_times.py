@@ -1,0 +1,191 @@
+"""How long a training step takes, by bucket: measured by the sweep, or else by a model fitted to what was measured."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from stdit_fast.benchmarks.readme import latest
+from stdit_fast.benchmarks.step import parse_case, positions_of
+from stdit_fast.errors import ConfigError
+from stdit_fast.model.config import STDiT2Config
+from stdit_fast.train.bucket_tables import BucketTable
+from stdit_fast.train.buckets import Bucket
+
+TEXT_TOKENS = 200
+# GPUs of one kind differ, and so do their clocks: "absolute times hold between such machines to a few per cent".
+BETWEEN_MACHINES = 0.03
+LEAST_POINTS = 4  # that a fit of three numbers can be judged by
+# AdamW and the average of 767 M parameters, for times that were measured without: PyTorch's on an H100.
+OPTIMIZER_SECONDS = 0.0227
+
+
+class Interval(NamedTuple):
+    """An estimate between bounds; sums and products of such take all lows, and all highs, together."""
+
+    low: float
+    mid: float
+    high: float
+
+    @classmethod
+    def of(cls, mid: float, share: float = 0.0) -> "Interval":
+        """mid, give or take a share of it."""
+        return cls(mid * (1 - share), mid, mid * (1 + share))
+
+    def plus(self, other: "Interval") -> "Interval":
+        return Interval(*(a + b for a, b in zip(self, other, strict=True)))
+
+    def times(self, factor: "float | Interval") -> "Interval":
+        factors = factor if isinstance(factor, Interval) else (factor,) * 3
+        return Interval(*(a * b for a, b in zip(self, factors, strict=True)))
+
+    def show(self, digits: int = 2) -> str:
+        return f"{self.mid:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+def work(frames: int, height: int, width: int, batch: int, checkpointed: int = 0) -> np.ndarray:
+    """[1, operations of the GEMMs, operations of attention over positions and frames] of a step: 3 times forward.
+
+    Of so many blocks the forward pass is done twice.
+    """
+    config = STDiT2Config()
+    channels, positions = config.hidden_size, positions_of(height, width)
+    tokens = batch * frames * positions
+    gemm = tokens * (36 * channels**2 + 4 * TEXT_TOKENS * channels) + batch * TEXT_TOKENS * 4 * channels**2
+    attention = tokens * 4 * (positions + frames) * channels
+    passes = 3 * config.depth + checkpointed
+    return np.array([1.0, passes * gemm, passes * attention])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """seconds = coefficients . work, to equal relative errors.
+
+    Attributes:
+        coefficients: float64 [3], none below 0.
+        error: root mean square of the relative residuals.
+        points: how many were fitted.
+    """
+
+    coefficients: np.ndarray
+    error: float
+    points: int
+
+    @classmethod
+    def to(cls, works: list[np.ndarray], seconds: list[float], floor: bool = True) -> "Fit":
+        """Fits; where a number comes out below 0 the fit is done without it.
+
+        Args:
+            floor: whether a step has a time that no work explains. Steps of about one time cannot tell.
+
+        Raises:
+            ValueError: too few points.
+        """
+        if len(seconds) < LEAST_POINTS:
+            raise ValueError(f"{len(seconds)} measured steps, of {LEAST_POINTS} that a fit needs")
+        rows = np.array(works) / np.array(seconds)[:, None]
+        used = np.array([floor, True, True])
+        while True:
+            scale = np.abs(rows[:, used]).max(0)
+            solution = np.linalg.lstsq(rows[:, used] / scale, np.ones(len(rows)), rcond=None)[0] / scale
+            if (solution >= 0).all():
+                break
+            used[np.flatnonzero(used)[np.argmin(solution * scale)]] = False
+        coefficients = np.zeros(3)
+        coefficients[used] = solution
+        freedom = max(1, len(rows) - int(used.sum()))
+        error = float(np.sqrt(((rows @ coefficients - 1) ** 2).sum() / freedom))
+        return cls(coefficients, error, len(rows))
+
+    def seconds(self, frames: int, height: int, width: int, batch: int) -> Interval:
+        """A step's time, give or take twice the residuals."""
+        mid = float(self.coefficients @ work(frames, height, width, batch))
+        return Interval.of(mid, min(0.9, 2 * self.error + BETWEEN_MACHINES))
+
+
+class StepTime(NamedTuple):
+    """One bucket's step: its batch size, its time, and whether that was measured."""
+
+    batch_size: int
+    seconds: Interval
+    measured: bool
+
+
+class Times:
+    """Step times of one GPU and one set of buckets.
+
+    Args:
+        device: the GPU's name; source: where the times come from, for people.
+        table: the sweep's, if there is one; its batch sizes are then those of the plan.
+        fit: for what the table does not have.
+        extra: seconds that the fitted steps lack.
+    """
+
+    def __init__(self, device: str, source: str, table: BucketTable | None, fit: Fit | None, extra: float = 0.0):
+        self.device, self.source, self.table, self.fit, self.extra = device, source, table, fit, extra
+
+    @classmethod
+    def of_table(cls, table: BucketTable) -> "Times":
+        """From the sweep's table; a fit to its entries serves what it lacks."""
+        measured = [((r, f), e) for (r, f), e in table.buckets.items() if e.measured]
+        works = [work(f, e.height, e.width, e.batch_size, e.checkpointed) for (_, f), e in measured]
+        seconds = [e.seconds for _, e in measured]
+        fit = Fit.to(works, seconds, floor=False) if len(seconds) >= LEAST_POINTS else None
+        return cls(table.device, f"{_short(table.path)} ({len(measured)} of {len(table.buckets)} measured)", table, fit)
+
+    @classmethod
+    def of_steps(cls, device: str, milliseconds: dict[str, float]) -> "Times":
+        """From steps without optimizer by case, such as "144p-16-6": a fit for all buckets.
+
+        Raises:
+            ConfigError: too few, or something else than cases and times.
+        """
+        try:
+            fit = Fit.to([work(*parse_case(case)) for case in milliseconds], [ms / 1e3 for ms in milliseconds.values()])
+        except (ValueError, TypeError) as error:
+            raise ConfigError("original", list(milliseconds), str(error)) from error
+        return cls(device, f"a fit to {len(milliseconds)} steps", None, fit, OPTIMIZER_SECONDS)
+
+    @classmethod
+    def of_records(cls, path: Path) -> "Times":
+        """From whole steps without optimizer (suite "step"): a fit for all buckets.
+
+        Raises:
+            ConfigError: too few of them.
+        """
+        records = [r for r in latest(path).values() if r["impl"] == "fused"]
+        devices = " and ".join(sorted({r["device"] for r in records}))
+        found = cls.of_steps(devices, {r["case"]: r["ms"] for r in records})
+        found.source = f"{_short(path)}: no bucket itself, {found.source}"
+        return found
+
+    def of(self, bucket: Bucket) -> StepTime:
+        """The step of a bucket, of one aspect ratio.
+
+        Raises:
+            ConfigError: it was not measured, and nothing was fitted.
+        """
+        entry = self.table.buckets.get((bucket.resolution, bucket.num_frames)) if self.table else None
+        size = bucket.num_frames, bucket.height, bucket.width
+        if entry is None:
+            if self.fit is None:
+                raise ConfigError("tables", self.source, f"it has no {bucket.name}; sweep a configuration that does")
+            batch = self._batch_size(bucket)
+            return StepTime(batch, self.fit.seconds(*size, batch).plus(Interval.of(self.extra, 0.5)), False)
+        # The table's time is that of the aspect ratio with the most tokens; others have up to a tenth fewer.
+        share = float(work(*size, 1)[1] / work(bucket.num_frames, entry.height, entry.width, 1)[1])
+        low, high = entry.seconds_low * (1 - BETWEEN_MACHINES), entry.seconds_high * (1 + BETWEEN_MACHINES)
+        return StepTime(entry.batch_size, Interval(low * share, entry.seconds * share, high), entry.measured)
+
+    def _batch_size(self, bucket: Bucket) -> int:
+        """Of a bucket without an entry: what takes a table's step, else the configuration's."""
+        if self.table is None:
+            return bucket.batch_size
+        one = self.fit.coefficients @ (work(bucket.num_frames, bucket.height, bucket.width, 1) * [0, 1, 1])
+        return max(1, int((self.table.step_seconds - self.fit.coefficients[0]) / one))
+
+
+def _short(path: Path) -> str:
+    """The end of a path, as much as tells which file it is."""
+    return "/".join(path.parts[-2:])

@@ -18,6 +18,7 @@ def main() -> int:
         from stdit_fast.train.config import parse
 
         config = parse()
+        from stdit_fast.parallel import watchdog
         from stdit_fast.train.bad_samples import TooManyBadSamples
         from stdit_fast.train.dataset import NoGoodSample
         from stdit_fast.train.trainer import Trainer, TrainingError
@@ -33,6 +34,9 @@ def main() -> int:
         if speaks or isinstance(error, NoGoodSample):  # which only the process with that batch meets
             print(f"error: {error}", file=sys.stderr)
         return 1
+    except watchdog.LostRank as error:
+        print(f"error: {error}; rank {trainer.processes.rank} ends", file=sys.stderr)
+        return watchdog.EXIT_STATUS
     trainer.processes.close()
     if is_main:
         print(f"checkpoint: {path}")

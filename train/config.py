@@ -228,6 +228,8 @@ class TrainConfig:
         resume: go on from the newest checkpoint in `outputs`, if there is one.
         ckpt_every: steps between checkpoints; keep_checkpoints: how many stay.
         log_every: steps between lines in TensorBoard (metrics.jsonl has every step).
+        dead_after: seconds of silence after which another process counts as lost, and this one ends with its name.
+        hang_timeout: seconds without any process getting on after which they end, with the name of the latest one.
         max_skipped_in_a_row: non-finite steps in a row that stop the run.
         wandb: log to Weights & Biases too.
     """
@@ -267,6 +269,8 @@ class TrainConfig:
     ckpt_every: int = 500
     keep_checkpoints: int = 3
     log_every: int = 10
+    dead_after: float = 20.0
+    hang_timeout: float = 540.0
     max_skipped_in_a_row: int = 10
     wandb: bool = False
 
@@ -415,6 +419,8 @@ def check(config: TrainConfig) -> None:
     for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket", "features.crops"):
         _check_range(config, key, 1)
     _check_range(config, "features.shard_mib", 2**-10)
+    _check_range(config, "dead_after", 1)
+    _check_range(config, "hang_timeout", 1)
     _check_range(config, "lr", 0)
     _check_range(config, "ema_decay", 0, 1)
     _check_range(config, "dataset.max_bad_share", 0, 1)

@@ -15,6 +15,7 @@ import torch
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import from_pixels
+from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint
@@ -55,6 +56,7 @@ class Trainer:
 
         from stdit_fast.parallel.sequence_plugins import SequenceReplicatedPlugin, SequenceShardedPlugin
 
+        self.watchdog = watchdog.Watchdog(self.processes, config.dead_after, config.hang_timeout)
         self.device = self.processes.device
         self.folder = Path(config.outputs)
         self.diffusion = build_diffusion(config)
@@ -100,16 +102,18 @@ class Trainer:
         self._announce()
         batches = iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda"))
         try:
-            while self.step < self.config.steps and not self._stopping:
-                self.train_step(batches)
-                if self._due(self.config.validation.every):
-                    self.validate()
-                last = self.step == self.config.steps
-                if last or self._due(self.config.ckpt_every):
-                    self.save(last)
-                if self._due(self.config.sampling.every) and not self._stopping:
-                    self.sample()  # after saving, of which it cannot cost anything
-            return self.save(last=True)
+            with self.watchdog:
+                while self.step < self.config.steps and not self._stopping:
+                    self.train_step(batches)
+                    self.watchdog.at(self.step, watchdog.BESIDE)
+                    if self._due(self.config.validation.every):
+                        self.validate()
+                    last = self.step == self.config.steps
+                    if last or self._due(self.config.ckpt_every):
+                        self.save(last)
+                    if self._due(self.config.sampling.every) and not self._stopping:
+                        self.sample()  # after saving, of which it cannot cost anything
+                return self.save(last=True)
         finally:
             if self.metrics:
                 self.metrics.message(self.metrics.summary())
@@ -124,7 +128,10 @@ class Trainer:
         micro_batches = []
         for i in range(self.config.grad_accumulation):
             asked = time.perf_counter()
+            self.watchdog.at(self.step + 1, watchdog.LOADING)
             batch = next(batches)
+            bucket = self.data.buckets[batch["bucket"]].name
+            self.watchdog.at(self.step + 1, watchdog.COMPUTING, bucket)
             own["waited"] += time.perf_counter() - asked
             own["tokens"] += token_count(batch, self.state.model.config.patch_size)
             own["samples"] += len(batch["samples"]) / batch["request"].parts
@@ -138,6 +145,7 @@ class Trainer:
             own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
             loss_sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
 
+        self.watchdog.at(self.step + 1, watchdog.UPDATING, bucket)
         own["told_to_stop"] = float(self._told_to_stop)
         own.update(zip(("loss", "mse", "vb"), loss_sums.tolist(), strict=True))
         total = dict(zip(own, self.processes.sum(list(own.values())), strict=True))

@@ -171,15 +171,20 @@ def table_folder(name: str | None) -> Path:
 def times_of(folder: Path, stage: str, encoders: bool) -> Times | None:
     """The sweep's step times of a stage; None where there are none."""
     path = folder / f"{stage}{'-encoders' * encoders}.yaml"
-    return Times.of_table(bucket_tables.read(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    probes = RESULTS / folder.name.partition("-")[0] / "sweep.jsonl"
+    return Times.of_table(bucket_tables.read(path), probes if probes.is_file() else None)
 
 
 @functools.cache
 def fitted_times() -> Times:
-    """Where the sweep has measured nothing: a fit to the whole steps among the results."""
-    paths = [RESULTS / gpu / "step.jsonl" for gpu in ("h100", "h200")]
+    """Where there is no table: a fit to the sweep's probes among the results, or else to whole steps."""
+    probes = RESULTS / "h100" / "sweep.jsonl"
+    if probes.is_file() and (found := Times.of_probes(probes)) is not None:
+        return found
     problems = []
-    for path in (p for p in paths if p.is_file()):
+    for path in (p for gpu in ("h100", "h200") if (p := RESULTS / gpu / "step.jsonl").is_file()):
         try:
             return Times.of_records(path)
         except ConfigError as error:
@@ -298,23 +303,28 @@ def _basis(recipe: Recipe, rows: list[Row], args: argparse.Namespace, sizes: Siz
     grouped = "; ".join(
         text for swept, text in kinds.items() if any((r.times.table is not None) == swept for r in rows)
     )
-    encoder_days = total(rows, "online", "days")[1] - total(rows, "features", "days")[1]
+    days = {which: total(rows, which, "days")[1] for which in ("features", "online")}
     lines += [
         f"waiting for the slowest rank: {grouped}; {waiting[0]:.1%} of a step, at worst {waiting[1]:.0%}, in the phase "
         f"that has most of it",
         f"online encoders: {recipe.encoders.pixels_per_second / 1e6:.1f} M pixels/s and "
         f"{recipe.encoders.captions_per_second:.0f} captions/s a GPU ({recipe.encoders.source}); "
-        f"{encoder_days:.2f} days of {args.gpus} GPUs in all, or once, for features:",
+        f"{days['online'] - days['features']:.2f} days of {args.gpus} GPUs in all, or once, for features:",
     ]
+    made = 0.0
     for name in dict.fromkeys(r.phase.data for r in rows):
         tables = [r.phase.buckets(recipe.folder) for r in rows if r.phase.data == name]
         own = sizes or recipe.sizes_of(name)
         hours = plan_model.encoding_hours(own, tables, recipe.frame_interval, recipe.encoders)
+        made += hours / 24 / args.gpus
         seen = sum(r.features.samples for r in rows if r.phase.data == name)
         lines.append(
             f"  {name}: {hours:,.0f} GPU-hours, {hours / 24 / args.gpus:.2f} days, one crop of each sample in every "
             f"size it may take; training sees {seen / own.count.sum():.1f} times as many samples as there are"
         )
+    lines.append(
+        f"  training on features and making them: {days['features'] + made:.2f} days, online: {days['online']:.2f}"
+    )
     for factor in (0.5, 2.0):
         changed = {p: (sizes or recipe.sizes_of(p)).longer(factor) for p in recipe.data}
         days = _days_with(recipe, args, changed)

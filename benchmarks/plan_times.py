@@ -19,6 +19,9 @@ BETWEEN_MACHINES = 0.03
 LEAST_POINTS = 4  # that a fit of three numbers can be judged by
 # AdamW and the average of 767 M parameters, for times that were measured without: PyTorch's on an H100.
 OPTIMIZER_SECONDS = 0.0227
+# What 80 GB hold, in tokens times units of a block: a kept block has 20 units of a token, a recomputed one 2. From what
+# checkpointing "auto" chose: of 28 blocks 1 at 47,040 tokens, 18 at 101,760, 19 at 110,160.
+UNITS_KEPT, UNITS_RECOMPUTED, HELD = 20, 2, 24.3e6
 
 
 class Interval(NamedTuple):
@@ -58,6 +61,13 @@ def work(frames: int, height: int, width: int, batch: int, checkpointed: int = 0
     return np.array([1.0, passes * gemm, passes * attention])
 
 
+def recomputed_blocks(tokens: int) -> int:
+    """About how many blocks a batch of so many tokens must recompute on a GPU of 80 GB."""
+    depth = STDiT2Config().depth
+    kept = (HELD / tokens - depth * UNITS_RECOMPUTED) / (UNITS_KEPT - UNITS_RECOMPUTED)
+    return depth - int(min(depth, max(0.0, kept)))
+
+
 @dataclass(frozen=True)
 class Fit:
     """seconds = coefficients . work, to equal relative errors.
@@ -66,18 +76,21 @@ class Fit:
         coefficients: float64 [3], none below 0.
         error: root mean square of the relative residuals.
         points: how many were fitted.
+        recomputing: whether their work had the recomputed blocks in it.
     """
 
     coefficients: np.ndarray
     error: float
     points: int
+    recomputing: bool = False
 
     @classmethod
-    def to(cls, works: list[np.ndarray], seconds: list[float], floor: bool = True) -> "Fit":
+    def to(cls, works: list[np.ndarray], seconds: list[float], floor: bool = True, recomputing: bool = False) -> "Fit":
         """Fits; where a number comes out below 0 the fit is done without it.
 
         Args:
             floor: whether a step has a time that no work explains. Steps of about one time cannot tell.
+            recomputing: see the attribute.
 
         Raises:
             ValueError: too few points.
@@ -96,11 +109,12 @@ class Fit:
         coefficients[used] = solution
         freedom = max(1, len(rows) - int(used.sum()))
         error = float(np.sqrt(((rows @ coefficients - 1) ** 2).sum() / freedom))
-        return cls(coefficients, error, len(rows))
+        return cls(coefficients, error, len(rows), recomputing)
 
     def seconds(self, frames: int, height: int, width: int, batch: int) -> Interval:
         """A step's time, give or take twice the residuals."""
-        mid = float(self.coefficients @ work(frames, height, width, batch))
+        recomputed = recomputed_blocks(batch * frames * positions_of(height, width)) if self.recomputing else 0
+        mid = float(self.coefficients @ work(frames, height, width, batch, recomputed))
         return Interval.of(mid, min(0.9, 2 * self.error + BETWEEN_MACHINES))
 
 
@@ -126,13 +140,28 @@ class Times:
         self.device, self.source, self.table, self.fit, self.extra = device, source, table, fit, extra
 
     @classmethod
-    def of_table(cls, table: BucketTable) -> "Times":
-        """From the sweep's table; a fit to its entries serves what it lacks."""
+    def of_table(cls, table: BucketTable, probes: Path | None = None) -> "Times":
+        """From the sweep's table; a fit to all of its probes, or to the table's entries, serves what it lacks."""
+        source = (
+            f"{_short(table.path)} ({sum(e.measured for e in table.buckets.values())} of {len(table.buckets)} measured)"
+        )
+        if probes is not None and (fit := fit_of_probes(probes, table.device)) is not None:
+            return cls(table.device, source, table, fit)
         measured = [((r, f), e) for (r, f), e in table.buckets.items() if e.measured]
         works = [work(f, e.height, e.width, e.batch_size, e.checkpointed) for (_, f), e in measured]
         seconds = [e.seconds for _, e in measured]
-        fit = Fit.to(works, seconds, floor=False) if len(seconds) >= LEAST_POINTS else None
-        return cls(table.device, f"{_short(table.path)} ({len(measured)} of {len(table.buckets)} measured)", table, fit)
+        enough = len(seconds) >= LEAST_POINTS
+        fit = Fit.to(works, seconds, floor=False, recomputing=True) if enough else None
+        return cls(table.device, source, table, fit)
+
+    @classmethod
+    def of_probes(cls, path: Path) -> "Times | None":
+        """From the sweep's probes: a fit for all buckets, with the optimizer in it. None where they are too few."""
+        devices = dict.fromkeys(r["device"] for r in latest(path).values())
+        for device in devices:
+            if (fit := fit_of_probes(path, device)) is not None:
+                return cls(device, f"{_short(path)}: no bucket itself, a fit to {fit.points} steps", None, fit)
+        return None
 
     @classmethod
     def of_steps(cls, device: str, milliseconds: dict[str, float]) -> "Times":
@@ -182,8 +211,23 @@ class Times:
         """Of a bucket without an entry: what takes a table's step, else the configuration's."""
         if self.table is None:
             return bucket.batch_size
-        one = self.fit.coefficients @ (work(bucket.num_frames, bucket.height, bucket.width, 1) * [0, 1, 1])
-        return max(1, int((self.table.step_seconds - self.fit.coefficients[0]) / one))
+        size = bucket.num_frames, bucket.height, bucket.width
+        batch = 1
+        while self.fit.seconds(*size, batch + 1).mid <= self.table.step_seconds:
+            batch += 1
+        return batch
+
+
+def fit_of_probes(path: Path, device: str) -> Fit | None:
+    """A fit to what the sweep measured on a GPU, each size of each bucket; None where that is too little."""
+    records = [r for r in latest(path).values() if r["device"] == device and r["impl"] == "step" and r["ms"]]
+    if len(records) < LEAST_POINTS:
+        return None
+    works = []
+    for r in records:
+        _, frames, height, width, _ = r["notes"]["shape"]
+        works.append(work(frames, height, width, r["notes"]["batch"], r["notes"]["checkpointed"]))
+    return Fit.to(works, [r["ms"] / 1e3 for r in records], recomputing=True)
 
 
 def _short(path: Path) -> str:

@@ -1,5 +1,6 @@
 """The plan's arithmetic, its bounds, and a run held against its projection."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from stdit_fast.benchmarks import plan, plan_check, plan_model, plan_times
 from stdit_fast.benchmarks.plan_model import Encoders, Network, Sizes
 from stdit_fast.benchmarks.plan_times import Fit, Interval, Times, work
+from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.buckets import Buckets
@@ -93,6 +95,30 @@ def test_fit():
     assert (bounds.high - bounds.mid) / bounds.mid == pytest.approx(2 * noisy.error + 0.03)
     with pytest.raises(ValueError, match="3 measured steps, of 4"):
         Fit.to(works[:3], [1.0, 2.0, 3.0])
+
+
+def test_probes_of_a_sweep(tmp_path):
+    """The sweep's own records, of which one ran out of memory."""
+    path = tmp_path / "sweep.jsonl"
+    records = []
+    for frames, height, width, batch, recomputed in (
+        (1, 144, 256, 48, 0), (16, 144, 256, 6, 0), (16, 240, 426, 4, 4), (1, 1024, 1024, 3, 28), (32, 480, 854, 1, 0),
+    ):  # fmt: skip
+        notes = {"shape": ["x", frames, height, width, 0], "batch": batch, "checkpointed": recomputed}
+        ms = 1e3 * float(SECONDS @ work(frames, height, width, batch, recomputed))
+        records.append(Record("sweep", str(len(records)), "step", ms, ms, ms, device="G", versions={}, notes=notes))
+    records.append(Record("sweep", "big", "step", None, None, None, device="G", versions={}, notes=notes))
+    append(path, records)
+    times = Times.of_probes(path)
+    assert times.fit.coefficients == pytest.approx(SECONDS, rel=1e-6) and times.fit.points == 5
+    assert plan_times.fit_of_probes(path, "another GPU") is None
+    table = bucket_tables.read(made_up_table(tmp_path))
+    probes = plan_times.fit_of_probes(path, "G")
+    assert Times.of_table(dataclasses.replace(table, device="G"), path).fit.coefficients == pytest.approx(
+        probes.coefficients
+    )
+    # What "auto" recomputed of 28 blocks in the step suite.
+    assert [plan_times.recomputed_blocks(n) for n in (13_824, 47_040, 110_160)] == [0, 3, 19]
 
 
 def test_communication():

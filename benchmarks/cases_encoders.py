@@ -6,7 +6,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from stdit_fast.benchmarks.peers import Absent
 from stdit_fast.benchmarks.registry import Case
+from stdit_fast.errors import ConfigError
 
 # frames x height x width of what is encoded together; micro-batches as stage 1 and 2 have them
 FRAMES, QUICK_FRAMES, CPU_FRAMES = ("96x144x256", "272x240x424"), ("96x144x256",), ("4x144x256",)
@@ -54,7 +56,10 @@ def prepare_codec(size: str) -> Callable[[], Tensor]:
 def prepare_minilm(count: int) -> Callable[[], object]:
     from stdit_fast.encoders.text import MINILM, load_text_encoder
 
-    encoder = load_text_encoder(MINILM)
+    try:
+        encoder = load_text_encoder(MINILM)
+    except ConfigError as error:  # its data are a package of their own
+        raise Absent(str(error)) from error
     captions = ["a calm sea under a grey sky, seen from a boat"] * count
     return lambda: encoder.encode(captions)
 

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from stdit_fast.benchmarks import plan_model
 from stdit_fast.benchmarks.plan_check import check_run
 from stdit_fast.benchmarks.plan_model import Encoders, Estimate, Network, Sizes, estimate, samples_of_an_epoch
 from stdit_fast.benchmarks.plan_times import BETWEEN_MACHINES, Times
+from stdit_fast.benchmarks.readme import latest
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.media.files import whole_file
 from stdit_fast.train import bucket_tables
@@ -37,6 +39,7 @@ from stdit_fast.train.metadata import load_metadata
 CONFIGS = Path(stdit_fast.train.__file__).with_name("configs")
 RESULTS = Path(__file__).with_name("results")
 DEFAULT_GPU = "h100-80gb"
+ENCODED_FRAMES, CAPTIONS = "vae-272x240x424", "t5-17-full"  # cases of the encoders' suite; captions of 200 tokens
 PHASE_KEYS = {"phase", "steps", "table", "data", "days", "images_only"}
 RECIPE_KEYS = {"gpus", "gpu", "days", "phases", "frame_interval", "data", "sizes", "encoders"}
 OPTIONAL_KEYS = {"original", "original_seconds"}
@@ -192,6 +195,22 @@ def fitted_times() -> Times:
     raise ConfigError("tables", "none", f"no step was measured; run stdit_fast.benchmarks.sweep. {' '.join(problems)}")
 
 
+def our_encoders(recipe: Recipe, args: argparse.Namespace) -> Encoders:
+    """Speeds that are given, else those measured of ours on an H100, else the recipe's, which are the libraries'."""
+    found, path = recipe.encoders, RESULTS / "h100" / "encoders.jsonl"
+    if path.is_file():
+        records = latest(path)
+        try:
+            frames, captions = (records["encoders", case, "fused"]["ms"] / 1e3 for case in (ENCODED_FRAMES, CAPTIONS))
+        except KeyError:
+            pass
+        else:
+            pixels = math.prod(map(int, ENCODED_FRAMES.removeprefix("vae-").split("x")))
+            found = Encoders(pixels / frames, int(CAPTIONS.split("-")[1]) / captions, "h100/encoders.jsonl, ours")
+    given = {k: getattr(args, k) for k in ("pixels_per_second", "captions_per_second") if getattr(args, k)}
+    return dataclasses.replace(found, **given, source="given") if given else found
+
+
 # ------------------------------------------------------------------ the plan
 
 
@@ -224,7 +243,7 @@ def plan(recipe: Recipe, args: argparse.Namespace, sizes: Sizes | None = None) -
         if with_encoders is not None:
             online = estimate(mix, buckets, with_encoders, **common)
         else:
-            online = estimate(mix, buckets, times, **common, encoders=recipe.encoders)
+            online = estimate(mix, buckets, times, **common, encoders=our_encoders(recipe, args))
         original = None
         if phase.table in recipe.original:
             its_own = common | dict(keep="samples", grouped=False, encoders=recipe.encoders)
@@ -297,6 +316,7 @@ def _basis(recipe: Recipe, rows: list[Row], args: argparse.Namespace, sizes: Siz
     lines += [f"  extrapolated: a fit to {f.points} steps, residuals {f.error:.1%}, counted twice" for f in fits]
     if any(r.times.extra for r in rows):
         lines.append("  those steps had no optimizer: PyTorch's AdamW and average were added, 23 ms, give or take half")
+    encoders = our_encoders(recipe, args)
     waiting = [max(r.features.waiting[i] / r.features.step_seconds.mid for r in rows) for i in (1, 2)]
     kinds = {True: "with a table of the sweep the sampler puts batches of like times into a step",
              False: "without one, ranks draw them independently"}  # fmt: skip
@@ -307,15 +327,15 @@ def _basis(recipe: Recipe, rows: list[Row], args: argparse.Namespace, sizes: Siz
     lines += [
         f"waiting for the slowest rank: {grouped}; {waiting[0]:.1%} of a step, at worst {waiting[1]:.0%}, in the phase "
         f"that has most of it",
-        f"online encoders: {recipe.encoders.pixels_per_second / 1e6:.1f} M pixels/s and "
-        f"{recipe.encoders.captions_per_second:.0f} captions/s a GPU ({recipe.encoders.source}); "
+        f"online encoders: {encoders.pixels_per_second / 1e6:.1f} M pixels/s and "
+        f"{encoders.captions_per_second:.0f} captions/s a GPU ({encoders.source}); "
         f"{days['online'] - days['features']:.2f} days of {args.gpus} GPUs in all, or once, for features:",
     ]
     made = 0.0
     for name in dict.fromkeys(r.phase.data for r in rows):
         tables = [r.phase.buckets(recipe.folder) for r in rows if r.phase.data == name]
         own = sizes or recipe.sizes_of(name)
-        hours = plan_model.encoding_hours(own, tables, recipe.frame_interval, recipe.encoders)
+        hours = plan_model.encoding_hours(own, tables, recipe.frame_interval, encoders)
         made += hours / 24 / args.gpus
         seen = sum(r.features.samples for r in rows if r.phase.data == name)
         lines.append(

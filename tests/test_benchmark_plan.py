@@ -209,6 +209,22 @@ def test_the_recipe(tmp_path, capsys):
     assert mid / 2 < json.loads(out.read_text())["days"]["features"][1] < 0.6 * mid
 
 
+def test_speeds_of_the_encoders(tmp_path, monkeypatch):
+    recipe = plan.Recipe.read(RECIPE)
+    monkeypatch.setattr(plan, "RESULTS", tmp_path)
+    assert plan.our_encoders(recipe, arguments()) == recipe.encoders
+    machine = {"device": "G", "versions": {}}
+    records = [
+        Record("encoders", case, "fused", *[ms] * 3, **machine)
+        for case, ms in (("vae-272x240x424", 400.0), ("t5-17-full", 50.0))
+    ]
+    append(tmp_path / "h100" / "encoders.jsonl", records)
+    found = plan.our_encoders(recipe, arguments())
+    assert found.pixels_per_second == pytest.approx(272 * 240 * 424 / 0.4)
+    assert found.captions_per_second == pytest.approx(17 / 0.05)
+    assert plan.our_encoders(recipe, arguments("--pixels-per-second", "7")).pixels_per_second == 7
+
+
 def test_the_original_by_the_same_arithmetic():
     """Its projected steps against its configurations' own comments: 1, 7 and 13 s."""
     recipe = plan.Recipe.read(RECIPE)

@@ -9,29 +9,30 @@ from torch import Tensor
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks import peers
 from stdit_fast.benchmarks.registry import Case
+from stdit_fast.ops.adamw import AdamWStep, Hyperparameters
 
 CPU_CONFIG = {"depth": 1, "hidden_size": 144, "num_heads": 2, "caption_channels": 64}
 # float32: the norm reads g; AdamW reads p, g, m, v and writes p, m, v; the average is read and written.
 BYTES_PER_PARAMETER = 4 * (1 + 7 + 2)
 DECAY, MAX_NORM, LEARNING_RATE = 0.9999, 1.0, 2e-5
 
-# Takes weights with gradients; answers a call that steps them, without the average.
-Stepper = Callable[[list[Tensor]], Callable[[], None]]
+# Takes weights with gradients, and their averages; answers a call that clips, steps and averages.
+Stepper = Callable[[list[Tensor], list[Tensor]], Callable[[], None]]
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """One step on all parameters."""
     count = sum(shape.numel() for shape in shapes(device))
-    members: dict[str, Callable[[], Stepper]] = {"stdit_fast": lambda: _torch(fused=device == "cuda")}
+    members: dict[str, Callable[[], Stepper]] = {"stdit_fast": lambda: _ours}
     if device == "cuda":
         members |= {"torch-fused": lambda: _torch(fused=True), "torch-foreach": lambda: _torch(foreach=True)}
         members |= {name: partial(_apex, find) for name, find in peers.ADAMW.items()}
     yield Case(
         "optimizer",
         f"{count / 1e6:.0f}M-parameters",
-        {name: partial(prepare, find, name == "stdit_fast", device) for name, find in members.items()},
+        {name: partial(prepare, find, device) for name, find in members.items()},
         bytes=BYTES_PER_PARAMETER * count,
-        expected=partial(prepare, lambda: _torch(foreach=False), False, device),
+        expected=partial(prepare, lambda: _torch(foreach=False), device),
         tolerance=1e-5,
         rounds=10,
         warmup=2,
@@ -45,28 +46,21 @@ def shapes(device: str) -> list[torch.Size]:
     return [p.shape for p in model.parameters() if p.requires_grad]
 
 
-def prepare(find: Callable[[], Stepper], ours: bool, device: str) -> Callable[[], Tensor]:
+def prepare(find: Callable[[], Stepper], device: str) -> Callable[[], Tensor]:
     """A call that clips, steps and averages; it answers the weights' and averages' sums of squares after its first."""
     stepper = find()
     generator = torch.Generator(device).manual_seed(0)
     weights = [torch.randn(s, device=device, generator=generator).requires_grad_() for s in shapes(device)]
     for w in weights:
         w.grad = torch.randn(w.shape, device=device, generator=generator)
-    step = stepper(weights)
-    plain = [w.detach() for w in weights]
-    averages, average = _average(plain, ours)
+    averages = [w.detach().clone() for w in weights]
+    call = stepper(weights, averages)
 
     def norm_of(tensors: list[Tensor]) -> Tensor:
         return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
-    @torch.no_grad()
-    def call() -> None:
-        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
-        step()
-        average()
-
     call()
-    first = torch.stack([norm_of(plain), norm_of(averages)])
+    first = torch.stack([norm_of([w.detach() for w in weights]), norm_of(averages)])
 
     def timed() -> Tensor:
         call()
@@ -75,20 +69,32 @@ def prepare(find: Callable[[], Stepper], ours: bool, device: str) -> Callable[[]
     return timed
 
 
-def _average(weights: list[Tensor], ours: bool) -> tuple[list[Tensor], Callable[[], None]]:
-    """(averages, a call that moves them): training's own, or PyTorch's one call for all tensors."""
-    if ours:
-        from stdit_fast.train.ema import EMA
+def _ours(weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
+    """Training's own two passes; the gradients are not clipped in their place, as they are by the others."""
+    masters, grads = [w.detach() for w in weights], [w.grad for w in weights]
+    moments = [[torch.zeros_like(master) for master in masters] for _ in range(2)]
+    adamw = AdamWStep(masters, *moments, torch.zeros(len(masters), device=masters[0].device), averages)
+    settings = Hyperparameters(LEARNING_RATE, (0.9, 0.999), 1e-8, 0.0, MAX_NORM, DECAY)
+    return lambda: adamw.update(grads, adamw.square_sum(grads), None, settings)
 
-        ema = EMA(weights, DECAY)
-        return ema.averages, lambda: ema.update(weights)
-    averages = [w.clone() for w in weights]
-    return averages, lambda: torch._foreach_lerp_(averages, weights, 1 - DECAY)
+
+def _with(step: Callable[[], None], weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
+    """Clipping, a step, and the averages by PyTorch's one call for all tensors."""
+    plain = [w.detach() for w in weights]
+
+    @torch.no_grad()
+    def call() -> None:
+        torch.nn.utils.clip_grad_norm_(weights, MAX_NORM)
+        step()
+        torch._foreach_lerp_(averages, plain, 1 - DECAY)
+
+    return call
 
 
 def _torch(**options: bool) -> Stepper:
-    def stepper(weights: list[Tensor]) -> Callable[[], None]:
-        return torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0, **options).step
+    def stepper(weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
+        step = torch.optim.AdamW(weights, LEARNING_RATE, weight_decay=0.0, **options).step
+        return _with(step, weights, averages)
 
     return stepper
 
@@ -96,7 +102,7 @@ def _torch(**options: bool) -> Stepper:
 def _apex(find: Callable) -> Stepper:
     adam = find()
 
-    def stepper(weights: list[Tensor]) -> Callable[[], None]:
-        return adam(weights, LEARNING_RATE, weight_decay=0.0, adam_w_mode=True).step
+    def stepper(weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
+        return _with(adam(weights, LEARNING_RATE, weight_decay=0.0, adam_w_mode=True).step, weights, averages)
 
     return stepper

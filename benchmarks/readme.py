@@ -94,6 +94,21 @@ def attention_table(path: Path) -> str:
     return "\n".join([*rows, "", _machine(list(records.values())), "", "`python -m stdit_fast.benchmarks.attention`"])
 
 
+def optimizer_table(path: Path) -> str:
+    """Markdown: a row for each case of the optimizer suite, ours beside the peers."""
+    names = {"adamw": "on the GPU", "gap": "from gradients to the next forward pass, on the wall"}
+    rows = ["| what | averages | implementation | ms (low to high) | of copy bandwidth |", "| --- " * 5 + "|"]
+    records = list(latest(path).values())
+    for r in records:
+        kind, _, rest = r["case"].partition("-")
+        share = r["notes"].get("share_of_copy")
+        spread = f"{r['ms']:.1f} ({r['ms_low']:.1f} to {r['ms_high']:.1f})"
+        averages = "no" if rest.endswith("-no-ema") else "yes"
+        cells = f"{averages} | {r['impl']} | {spread} | {'-' if share is None else f'{share:.0%}'}"
+        rows.append(f"| {names[kind]} | {cells} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.optimizer`"])
+
+
 def quick_table(path: Path) -> str:
     """Markdown: a row for each case of `pytest benchmarks/ --quick` on a GPU: ours, and its peers in multiples."""
     rows = ["| case | ours, ms | peers, in multiples of ours | of the ceiling |", "| --- | --- | --- | --- |"]
@@ -141,6 +156,7 @@ def tables() -> dict[str, str]:
         "sample h200": sample_table(results / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
         "attention h200": attention_table(results / "attention.jsonl"),
+        "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
     }
 

@@ -13,22 +13,45 @@ namespace py = pybind11;
 
 namespace {
 
-using Addresses = std::vector<uintptr_t>;
-
 void raise_if_failed(int status) {
   if (status != 0) throw std::runtime_error(stdit_last_error());
 }
 
-void ema_update(const Addresses& ema, const Addresses& params, const std::vector<int64_t>& sizes, int param_dtype,
-                double decay, int device, uintptr_t stream) {
-  if (params.size() != ema.size() || sizes.size() != ema.size()) {
-    throw std::invalid_argument("ema_update: ema, params and sizes differ in length");
+// The tensors of one optimizer; see stdit_adamw in c_api.h.
+class AdamW {
+ public:
+  AdamW(uintptr_t tensors, uintptr_t tiles, uintptr_t steps, uintptr_t scratch, int64_t count, int64_t tile_count,
+        int device)
+      : optimizer_{reinterpret_cast<const stdit_adamw_tensor*>(tensors),
+                   reinterpret_cast<const int32_t*>(tiles),
+                   reinterpret_cast<float*>(steps),
+                   reinterpret_cast<void*>(scratch),
+                   count,
+                   tile_count},
+        device_(device) {}
+
+  void square_sum(const std::vector<uintptr_t>& grads, int grad_dtype, uintptr_t square_sum, uintptr_t stream) const {
+    if (static_cast<int64_t>(grads.size()) != optimizer_.count) {
+      throw std::invalid_argument("adamw: as many gradients as tensors are needed");
+    }
+    static_assert(sizeof(uintptr_t) == sizeof(void*), "an address is handed on as a pointer");
+    raise_if_failed(stdit_adamw_square_sum(&optimizer_, reinterpret_cast<const void* const*>(grads.data()), grad_dtype,
+                                           reinterpret_cast<double*>(square_sum), device_,
+                                           reinterpret_cast<void*>(stream)));
   }
-  static_assert(sizeof(uintptr_t) == sizeof(void*), "an address is handed on as a pointer");
-  raise_if_failed(stdit_ema_update(
-      reinterpret_cast<float* const*>(ema.data()), reinterpret_cast<const void* const*>(params.data()), sizes.data(),
-      static_cast<int64_t>(ema.size()), param_dtype, decay, device, reinterpret_cast<void*>(stream)));
-}
+
+  void update(int grad_dtype, uintptr_t square_sum, uintptr_t loss, double lr, double beta1, double beta2,
+              double epsilon, double weight_decay, double max_norm, double average_decay, uintptr_t stream) const {
+    const stdit_adamw_settings settings{lr, beta1, beta2, epsilon, weight_decay, max_norm, average_decay};
+    raise_if_failed(stdit_adamw_update(&optimizer_, grad_dtype, reinterpret_cast<const double*>(square_sum),
+                                       reinterpret_cast<const double*>(loss), &settings, device_,
+                                       reinterpret_cast<void*>(stream)));
+  }
+
+ private:
+  stdit_adamw optimizer_;
+  int device_;
+};
 
 // (address, stride of a sequence, of a row, of a head), strides in elements.
 using Heads = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
@@ -99,9 +122,17 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "check_device", [](int device) { raise_if_failed(stdit_check_device(device)); }, py::arg("device"),
       py::call_guard<py::gil_scoped_release>(), "Raises when the library's kernels cannot run on the device.");
-  m.def("ema_update", &ema_update, py::arg("ema"), py::arg("params"), py::arg("sizes"), py::arg("param_dtype"),
-        py::arg("decay"), py::arg("device"), py::arg("stream"), py::call_guard<py::gil_scoped_release>(),
-        "ema += (1 - decay) * (param - ema) for arrays at these addresses, of these numbers of elements.");
+  m.attr("ADAMW_TILE") = STDIT_ADAMW_TILE;
+  py::class_<AdamW>(m, "AdamW", "AdamW's step over the tensors of a table on the device; addresses.")
+      .def(py::init<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int>(), py::kw_only(),
+           py::arg("tensors"), py::arg("tiles"), py::arg("steps"), py::arg("scratch"), py::arg("count"),
+           py::arg("tile_count"), py::arg("device"))
+      .def("square_sum", &AdamW::square_sum, py::kw_only(), py::arg("grads"), py::arg("grad_dtype"),
+           py::arg("square_sum"), py::arg("stream"), py::call_guard<py::gil_scoped_release>())
+      .def("update", &AdamW::update, py::kw_only(), py::arg("grad_dtype"), py::arg("square_sum"), py::arg("loss"),
+           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("epsilon"), py::arg("weight_decay"),
+           py::arg("max_norm"), py::arg("average_decay"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>());
   py::class_<Attention>(m, "Attention", "softmax(scale * norm(q) norm(k)^T) v of one call; addresses and strides.")
       .def(py::init<const Heads&, const Heads&, const Heads&, const Heads&, uintptr_t, uintptr_t, uintptr_t, int, bool,
                     bool, int64_t, int64_t, int64_t, int, int, float, float, uintptr_t, int64_t>(),

@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
+#include "stdit/adamw.h"
 #include "stdit/attention.h"
 #include "stdit/device.h"
 #include "stdit/device_guard.h"
-#include "stdit/ema_update.h"
 
 namespace {
 
@@ -44,12 +44,21 @@ int stdit_check_device(int device) {
   return guarded([&] { stdit::check_device(device); });
 }
 
-int stdit_ema_update(float* const* ema, const void* const* params, const int64_t* sizes, int64_t count,
-                     int param_dtype, double decay, int device, void* stream) {
+int stdit_adamw_square_sum(const stdit_adamw* optimizer, const void* const* grads, int grad_dtype, double* square_sum,
+                           int device, void* stream) {
   return guarded([&] {
-    const stdit::EmaTensors tensors{ema, params, sizes, count, checked_dtype(param_dtype)};
+    const stdit_dtype dtype = checked_dtype(grad_dtype);
     const stdit::DeviceGuard guard(device);
-    stdit::ema_update(tensors, decay, static_cast<cudaStream_t>(stream));
+    stdit::adamw_square_sum(*optimizer, grads, dtype, square_sum, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_adamw_update(const stdit_adamw* optimizer, int grad_dtype, const double* square_sum, const double* loss,
+                       const stdit_adamw_settings* settings, int device, void* stream) {
+  return guarded([&] {
+    const stdit_dtype dtype = checked_dtype(grad_dtype);
+    const stdit::DeviceGuard guard(device);
+    stdit::adamw_update(*optimizer, dtype, square_sum, loss, *settings, static_cast<cudaStream_t>(stream));
   });
 }
 

@@ -241,8 +241,33 @@ def test_non_finite_steps_are_skipped_counted_and_stop_the_run(trainer, monkeypa
     assert one.step == 7 and one.skipped == 4
     assert all(torch.isfinite(m).all() for m in one.optimizer.masters)
     assert len((tmp_path / "run" / "skipped_steps.jsonl").read_text().splitlines()) == 4
-    assert checkpoint.optimizer_steps(one.optimizer) == 3
+    assert one.optimizer.steps == 3
     assert [loss for _, loss, _ in losses(tmp_path / "run")][4:] == [None, None, None]
+
+
+def test_a_steps_numbers_come_later_but_all_come(trainer, monkeypatch):
+    """They are read one step later, and before validation and checkpoints: the last step's too, here a skipped one."""
+    from stdit_fast.train.trainer import Trainer
+
+    one = trainer(steps=3, ckpt_every=2, **{"validation.every": 2})
+    real, seen = Trainer.losses, []
+
+    def losses_(self, model, batch):
+        out = real(self, model, batch)
+        if model is self.model:
+            seen.append(self._pending.step if self._pending else None)
+        return {key: value * math.nan for key, value in out.items()} if self.step == 2 else out
+
+    monkeypatch.setattr(Trainer, "losses", losses_)
+    path = one.train()
+    lines = [json.loads(line) for line in (one.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], "val_loss" in line) for line in lines] == [(1, False), (2, False), (2, True), (3, False)]
+    assert seen == [None, 1, None]  # unread during the next step, unless something had to know before
+    assert lines[-1]["loss"] is None and all(line["step_seconds"] > 0 for line in lines if "loss" in line)
+    state = json.loads((path / "state.json").read_text())
+    assert (state["step"], state["optimizer_steps"], state["skipped_steps"], state["skipped_in_a_row"]) == (3, 2, 1, 1)
+    (skipped,) = [json.loads(line) for line in (one.folder / "skipped_steps.jsonl").read_text().splitlines()]
+    assert skipped["step"] == 3 and skipped["batches"][0][0][1]
 
 
 def test_a_non_finite_gradient_alone_skips_too(trainer):
@@ -263,7 +288,7 @@ def test_sample_weighting_is_the_mean_over_samples(trainer, monkeypatch):
     batches = iter(one.data.loader(one.config, pin_memory=False))
     pair = [next(batches), next(batches)]
     found = []
-    monkeypatch.setattr(one, "_update", lambda loss: found.append(loss) or 1.0)
+    monkeypatch.setattr(one.optimizer, "guarded_step", lambda numbers: found.append(float(numbers[0])))
     one.metrics = None
     one.train_step(iter(pair))
     grads = [p.grad.clone() for p in one.state.model.parameters()]
@@ -403,15 +428,14 @@ def test_warm_up(trainer):
 def test_ema_follows_the_weights(trainer):
     one = trainer(steps=3, ema_decay=0.7)
     want = [m.clone() for m in one.optimizer.masters]
-    real = one._update
+    real = one.optimizer.guarded_step
 
-    def update(loss):
-        norm = real(loss)
+    def step(numbers):
+        real(numbers)
         for average, master in zip(want, one.optimizer.masters, strict=True):
             average.mul_(0.7).add_(master.detach(), alpha=0.3)
-        return norm
 
-    one._update = update
+    one.optimizer.guarded_step = step
     one.train()
     for got, average in zip(one.state.ema.averages, want, strict=True):
         torch.testing.assert_close(got, average)

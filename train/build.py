@@ -199,12 +199,12 @@ def _weights_format(config: TrainConfig) -> str:
     return "open-sora" if path.exists() else "stdit-fast"
 
 
-def build_optimizer(config: TrainConfig, model: STDiT2, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(config: TrainConfig, model: STDiT2) -> torch.optim.AdamW:
+    """Settings and state of the optimizer; its step is the plugins' (`MasterWeights.guarded_step`)."""
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=config.lr,
         betas=tuple(config.adam_betas),
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
-        fused=device.type == "cuda",
     )

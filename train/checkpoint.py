@@ -172,15 +172,7 @@ def _load_moments(folder: Path, state: TrainState, steps: int) -> None:
             part = state.optimizer.split(values[name], i).to(master.device, copy=True)
             wrapped.state[master][moment] = part
     for master in state.optimizer.masters:
-        # torch's AdamW keeps the step as a float32 tensor, on the device where it is fused
-        device = master.device if wrapped.defaults.get("fused") else "cpu"
-        wrapped.state[master]["step"] = torch.tensor(float(steps), device=device)
-
-
-def optimizer_steps(optimizer: MasterWeights) -> int:
-    """Updates that the optimizer has made; skipped steps do not count."""
-    states = optimizer.optim.state
-    return int(next(iter(states.values()))["step"]) if states else 0
+        wrapped.state[master]["step"] = torch.tensor(float(steps), device=master.device)
 
 
 def _parts(state: TrainState) -> Iterable[tuple[str, Iterable[tuple[str, Tensor]]]]:
@@ -190,7 +182,7 @@ def _parts(state: TrainState) -> Iterable[tuple[str, Iterable[tuple[str, Tensor]
     yield "model/model", chain(_gathered(names, optimizer, optimizer.masters), buffers)
     if state.ema is not None:
         yield "ema/model", chain(_gathered(names, optimizer, state.ema.averages), buffers)
-    if optimizer_steps(optimizer) > 0:
+    if optimizer.steps > 0:
         for moment in MOMENTS:
             parts = [optimizer.optim.state[master][moment] for master in optimizer.masters]
             yield f"optimizer/{moment}", _gathered(names, optimizer, parts)

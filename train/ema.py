@@ -3,11 +3,9 @@
 import torch
 from torch import Tensor
 
-from stdit_fast.ops.ema_update import ema_update
-
 
 class EMA:
-    """Averaged weights: ema <- decay * ema + (1 - decay) * weights after every step.
+    """Averaged weights: ema <- decay * ema + (1 - decay) * weights after every step, in the optimizer's own pass.
 
     Args:
         masters: the weights to follow, on each process its own part.
@@ -17,10 +15,6 @@ class EMA:
     def __init__(self, masters: list[Tensor], decay: float):
         self.decay = decay
         self.averages = [master.detach().clone() for master in masters]
-
-    @torch.no_grad()
-    def update(self, masters: list[Tensor]) -> None:
-        ema_update(self.averages, [master.detach() for master in masters], self.decay)
 
     @torch.no_grad()
     def load(self, averages: list[Tensor]) -> None:

@@ -33,6 +33,7 @@ from stdit_fast.train.config import TrainConfig, to_dict
 from stdit_fast.train.ema import EMA
 from stdit_fast.train.features import pad_texts
 from stdit_fast.train.metrics import Metrics
+from stdit_fast.train.pending import PendingStep, Readback
 from stdit_fast.train.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -77,11 +78,13 @@ class Trainer:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         sizes = np.unique(self.data.sampler.degrees).tolist()
         self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes, sizes))
-        optimizer = build_optimizer(config, model, self.device)
+        optimizer = build_optimizer(config, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DDP's, of ColossalAI's arguments
             self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         ema = EMA(self.optimizer.masters, config.ema_decay) if config.ema_decay > 0 else None
+        if ema is not None:
+            self.optimizer.follow(ema.averages, ema.decay)
         self.state = TrainState(self.model.unwrap(), buffers, self.optimizer, ema)
         self.sampling = self._build_sampling()
 
@@ -89,6 +92,7 @@ class Trainer:
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
         self.step = self.saved_step = 0
         self.skipped = self.skipped_in_a_row = self.truncated = self.failed_samples = 0
+        self._pending: PendingStep | None = None
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
@@ -96,7 +100,10 @@ class Trainer:
     # -------------------------------------------------------------- the loop
 
     def train(self) -> Path | None:
-        """Trains to the last step, or until SIGTERM or SIGINT; answers the last checkpoint."""
+        """Trains to the last step, or until SIGTERM or SIGINT; answers the last checkpoint.
+
+        A signal ends it after the step in which its number is read, which is the next.
+        """
         self._listen_for_signals()
         self.metrics = self._open_metrics()
         self._announce()
@@ -120,12 +127,15 @@ class Trainer:
                 self.metrics.close()
 
     def train_step(self, batches: Iterator[dict]) -> None:
-        """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step, records."""
-        started = time.perf_counter()
+        """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step.
+
+        Nothing here waits for the device, which has this step's work when the step before is settled.
+        """
+        readback = Readback(self.device)
         self._set_learning_rate()
         loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, mse, vb, weighted
         own = dict.fromkeys(("tokens", "samples", "bad", "waited", "truncated"), 0.0)
-        micro_batches = []
+        micro_batches, bad = [], []
         for i in range(self.config.grad_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.step + 1, watchdog.LOADING)
@@ -136,7 +146,8 @@ class Trainer:
             own["tokens"] += token_count(batch, self.state.model.config.patch_size)
             own["samples"] += len(batch["samples"]) / batch["request"].parts
             own["bad"] += len(batch["bad"])
-            micro_batches.append(batch)
+            bad.extend(batch["bad"])
+            micro_batches.append((batch["bucket"], [int(sample) for sample in batch["samples"]]))
             already_truncated = self.text_encoder.truncated
             with self._without_sync(last=i == self.config.grad_accumulation - 1):
                 losses = self.losses(self.model, batch)
@@ -147,19 +158,32 @@ class Trainer:
 
         self.watchdog.at(self.step + 1, watchdog.UPDATING, bucket)
         own["told_to_stop"] = float(self._told_to_stop)
-        own.update(zip(("loss", "mse", "vb"), loss_sums.tolist(), strict=True))
-        total = dict(zip(own, self.processes.sum(list(own.values())), strict=True))
-        for mean in ("loss", "mse", "vb", "waited"):
-            total[mean] /= self.processes.world_size
-        self.truncated += round(total["truncated"])
-        self._stopping = total["told_to_stop"] > 0
-        grad_norm = self._update(total["loss"])
+        numbers = torch.cat([loss_sums, self._on_device([*own.values(), 0.0])])
+        self.settle()
+        self.optimizer.guarded_step(numbers)
+        readback.send(numbers)
 
         self.step += 1
         self.data.sampler.advance()
-        self._count_bad_samples(micro_batches, bad=int(total["bad"]), seen=round(total["samples"]))
-        self._record(total, grad_norm, time.perf_counter() - started, micro_batches[-1])
-        self._check_finite(total["loss"], grad_norm, micro_batches)
+        lr, epoch = self.optimizer.param_groups[0]["lr"], batch["request"].epoch
+        names = ("loss", "mse", "vb", *own, "square_norm")
+        self._pending = PendingStep(self.step, lr, epoch, micro_batches, bad, names, readback)
+
+    def settle(self) -> None:
+        """Reads the numbers of the last step, if that has not been done, and does what depends on them."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        values, seconds = pending.readback.read()
+        total = dict(zip(pending.names, values, strict=True))
+        for mean in ("loss", "mse", "vb", "waited"):
+            total[mean] /= self.processes.world_size
+        grad_norm = math.sqrt(total["square_norm"])
+        self.truncated += round(total["truncated"])
+        self._stopping = total["told_to_stop"] > 0
+        self._count_bad_samples(pending.bad, bad=int(total["bad"]), seen=round(total["samples"]))
+        self._record(pending, total, grad_norm, seconds)
+        self._check_finite(pending, total["loss"], grad_norm)
 
     def losses(self, model, batch: dict) -> dict[str, torch.Tensor]:
         """The diffusion's loss, mse and vb of each sample, [B]; a batch that is not of features is encoded first.
@@ -191,15 +215,10 @@ class Trainer:
 
     # ------------------------------------------------------- parts of a step
 
-    def _update(self, loss: float) -> float:
-        """The optimizer's and the average's step; nothing changes where loss or gradient are not finite."""
-        if not math.isfinite(loss):
-            self.optimizer.zero_grad()
-            return math.nan
-        grad_norm = self.optimizer.guarded_step()
-        if math.isfinite(grad_norm) and self.state.ema is not None:
-            self.state.ema.update(self.optimizer.masters)
-        return grad_norm
+    def _on_device(self, values: list[float]) -> torch.Tensor:
+        """Numbers as float64 on the device, on their way there while the host goes on."""
+        on_gpu = self.device.type == "cuda"
+        return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(self.device, non_blocking=True)
 
     def _weight(self, batch: dict) -> float:
         """Weight of a batch's mean loss, such that the mean over processes of their sums is the step's loss.
@@ -221,13 +240,12 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * min(1.0, (self.step + 1) / (self.config.warmup_steps + 1))
 
-    def _count_bad_samples(self, batches: list[dict], bad: int, seen: int) -> None:
-        found = [entry for batch in batches for entry in batch["bad"]]
+    def _count_bad_samples(self, found: list[dict], bad: int, seen: int) -> None:
         if bad and self.processes.world_size > 1:
             found = [entry for part in self.processes.gather_objects(found) for entry in part]
         self.bad_samples.record(found, seen, write=self.processes.is_main)
 
-    def _check_finite(self, loss: float, grad_norm: float, batches: list[dict]) -> None:
+    def _check_finite(self, pending: PendingStep, loss: float, grad_norm: float) -> None:
         """Counts a skipped step, names its samples, and stops the run after too many in a row."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.skipped_in_a_row = 0
@@ -235,8 +253,8 @@ class Trainer:
         self.skipped += 1
         self.skipped_in_a_row += 1
         own = [
-            (self.data.buckets[b["bucket"]].name, [self.data.metadata.row(int(i)).path for i in b["samples"]])
-            for b in batches
+            (self.data.buckets[bucket].name, [self.data.metadata.row(sample).path for sample in samples])
+            for bucket, samples in pending.batches
         ]
         everyone = self.processes.gather_objects(own)
         named = "; ".join(
@@ -244,19 +262,19 @@ class Trainer:
             for rank, part in enumerate(everyone)
             for bucket, paths in part
         )
-        text = f"step {self.step} skipped: loss {loss:g}, gradient norm {grad_norm:g}; batch of {named}"
+        text = f"step {pending.step} skipped: loss {loss:g}, gradient norm {grad_norm:g}; batch of {named}"
         if self.metrics:
             self.metrics.message(text)
             with open(self.folder / "skipped_steps.jsonl", "a") as file:
-                file.write(json.dumps({"step": self.step, "loss": str(loss), "batches": everyone}) + "\n")
+                file.write(json.dumps({"step": pending.step, "loss": str(loss), "batches": everyone}) + "\n")
         if self.skipped_in_a_row >= self.config.max_skipped_in_a_row:
             raise TrainingError(
                 f"{self.skipped_in_a_row} steps in a row were not finite; the last: {text}. Lower lr, look at these "
                 f"samples, or raise max_skipped_in_a_row"
             )
 
-    def _record(self, total: dict[str, float], grad_norm: float, seconds: float, batch: dict) -> None:
-        """Writes a step's numbers; `batch` is this process's last."""
+    def _record(self, pending: PendingStep, total: dict[str, float], grad_norm: float, seconds: float) -> None:
+        """Writes a step's numbers, under this process's last bucket."""
         if not self.metrics:
             return
         values = {
@@ -264,16 +282,16 @@ class Trainer:
             "mse": total["mse"],
             "vb": total["vb"],
             "grad_norm": grad_norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": pending.lr,
             "tokens_per_second": total["tokens"] / seconds,
             "step_seconds": seconds,
             "wait_share": total["waited"] / seconds,
             "bad_samples": self.bad_samples.count,
             "skipped_steps": self.skipped,
             "truncated_captions": self.truncated,
-            "epoch": batch["request"].epoch,
+            "epoch": pending.epoch,
         }
-        self.metrics.step(self.step, values, self.data.buckets[batch["bucket"]].name)
+        self.metrics.step(pending.step, values, self.data.buckets[pending.batches[-1][0]].name)
 
     # ------------------------------------------------------------ validation
 
@@ -288,6 +306,7 @@ class Trainer:
 
     def validate(self) -> float:
         """The loss on the fixed samples, logged; the training goes on unchanged."""
+        self.settle()
         bare = self.state.model
         bare.eval()
         loss, per_bucket = self.validation.run(lambda batch: self.losses(bare, batch)["loss"])
@@ -312,6 +331,7 @@ class Trainer:
         """
         from stdit_fast.train.sampling import write_sheets
 
+        self.settle()
         started = time.perf_counter()
         samples = self.sampling.run()
         failures = [f"the sample of {s.text!r} failed ({s.error})" for s in samples if s.error]
@@ -338,10 +358,11 @@ class Trainer:
 
     def save(self, last: bool = False) -> Path | None:
         """Writes a checkpoint, unless this step has one. A disk that refuses stops the run only at its end."""
+        self.settle()
         if self.saved_step == self.step:
             return self.checkpoints.newest()
         progress = {
-            "optimizer_steps": checkpoint.optimizer_steps(self.optimizer),
+            "optimizer_steps": self.optimizer.steps,
             "sampler": self.data.sampler.state_dict(),
             "bad_samples": self.bad_samples.state_dict(),
             "skipped_steps": self.skipped,

@@ -1,34 +1,91 @@
 """What training asks of an optimizer beside ColossalAI's interface, however its weights are split."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
+from stdit_fast.ops.adamw import AdamWStep, Hyperparameters
 from stdit_fast.parallel.processes import Processes
 
 
 class MasterWeights(ABC):
-    """The extra interface of both optimizers.
+    """The extra interface of both optimizers, and their step.
 
     Masters are the fp32 weights that the optimizer updates, on each process its own part of them. Lists that go
     with them (moments, averages) are split alike.
+
+    Attributes:
+        optim: holds settings and state, under the names of torch.optim.AdamW; its own step is never called.
+        max_norm: of the gradient; infinity: no clipping.
+        processes: among which the work is split.
     """
 
+    optim: torch.optim.AdamW
+    max_norm: float
     processes: Processes
+    _averages: list[Tensor] | None = None
+    _average_decay = 1.0
+    _step: AdamWStep | None = None
 
     @property
     def masters(self) -> list[Tensor]:
         """This process's fp32 weights, in the order of the model's parameters."""
         return [p for group in self.param_groups for p in group["params"]]
 
-    @abstractmethod
-    def guarded_step(self) -> float:
-        """Clips and steps, or leaves everything as it was where the gradient norm is not finite.
+    @property
+    def steps(self) -> int:
+        """Updates so far; skipped ones do not count. Waits for the device."""
+        states = self.optim.state
+        return int(next(iter(states.values()))["step"]) if states else 0
 
-        Returns:
-            The gradient norm over all processes, before clipping.
+    def follow(self, averages: list[Tensor], decay: float) -> None:
+        """From now on every update also moves `averages`, which are like the masters, 1 - decay of the way to them."""
+        self._averages, self._average_decay, self._step = averages, decay, None
+
+    @torch.no_grad()
+    def guarded_step(self, numbers: Tensor) -> None:
+        """Clips and updates, or leaves everything as it was where loss or gradient are not finite; clears gradients.
+
+        All of it is decided on the device, and nothing is read back.
+
+        Args:
+            numbers: [2 or more] float64 on the device: first this process's loss, then what else is to be summed over
+                the processes. Afterwards these sums, and as the last the square of the gradient's norm before clipping.
         """
+        step, grads = self._adamw(), self.gradients()
+        numbers[-1] = step.square_sum(grads)
+        self.reduce(numbers)
+        (group,) = self.optim.param_groups
+        settings = Hyperparameters(
+            lr=float(group["lr"]),
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            max_norm=self.max_norm,
+            average_decay=self._average_decay,
+        )
+        step.update(grads, numbers[-1], numbers[0], settings)
+        self.share_weights()
+        self.zero_grad()
+
+    @abstractmethod
+    def gradients(self) -> list[Tensor | None]:
+        """This process's part of each master's gradient, the mean over processes; None where there is none."""
+
+    @abstractmethod
+    def reduce(self, numbers: Tensor) -> None:
+        """Sums numbers over the processes, in place: the last too where gradients are split."""
+
+    @abstractmethod
+    def working_copies(self) -> list[Tensor] | None:
+        """The part of the model's own weights that goes with each master, or None where masters are the model's."""
+
+    @abstractmethod
+    def share_weights(self) -> None:
+        """Brings updated weights to the other processes."""
 
     @abstractmethod
     def gather(self, parts: list[Tensor]) -> Iterator[Tensor]:
@@ -41,3 +98,33 @@ class MasterWeights(ABC):
     @abstractmethod
     def load_masters(self, weights: list[Tensor]) -> None:
         """Sets the weights, masters and working copies, from whole tensors."""
+
+    def _adamw(self) -> AdamWStep:
+        """The step over the present state, which is made where it is missing and may have been loaded since."""
+        masters, states = self.masters, self.optim.state
+        known = self._step
+        if known is not None and states[masters[0]].get("exp_avg") is known.exp_avgs[0]:
+            return known
+        device = masters[0].device
+        counts = [float(states[master].get("step", 0)) for master in masters]
+        steps = torch.tensor(counts, dtype=torch.float32, device=device)
+        for i, master in enumerate(masters):
+            state = states[master]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment not in state:
+                    state[moment] = torch.zeros_like(master)
+            state["step"] = steps[i]
+        self._step = AdamWStep(
+            [master.detach() for master in masters],
+            [states[master]["exp_avg"] for master in masters],
+            [states[master]["exp_avg_sq"] for master in masters],
+            steps,
+            self._averages,
+            self.working_copies(),
+        )
+        return self._step
+
+
+def norm_limit(max_norm: float) -> float:
+    """A configured maximum, of which 0 stands for none."""
+    return max_norm if max_norm > 0 else math.inf

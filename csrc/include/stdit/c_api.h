@@ -46,6 +46,32 @@ struct stdit_attention_gradients {
   void* scratch;     // stdit_attention_backward_scratch() bytes, a multiple of 256 as address
 };
 
+// Elements of a tensor that one block works on.
+#define STDIT_ADAMW_TILE 8192
+
+// One tensor of an optimizer: contiguous arrays of `size` elements.
+struct stdit_adamw_tensor {
+  float *master, *exp_avg, *exp_avg_sq;
+  float* average;  // null: no average is kept
+  void* working;   // bfloat16, the master's rounded copy; null: there is none
+  int64_t size;
+};
+
+// All tensors of an optimizer; every address is one on the device. Calls belong on one stream.
+struct stdit_adamw {
+  const struct stdit_adamw_tensor* tensors;  // [count]
+  const int32_t* tiles;  // [tile_count, 2]: a tensor, and its how maniest STDIT_ADAMW_TILE elements; tensors in order
+  float* steps;          // [count]: updates so far
+  void* scratch;         // 8 * (3 * count + tile_count + 2) bytes, a multiple of 16 as address
+  int64_t count, tile_count;
+};
+
+struct stdit_adamw_settings {
+  double lr, beta1, beta2, epsilon, weight_decay;
+  double max_norm;       // of the gradient; infinity: no clipping
+  double average_decay;  // the averages' share that stays
+};
+
 // What went wrong in this thread's last failed call; valid until its next one.
 STDIT_API const char* stdit_last_error(void);
 
@@ -56,10 +82,17 @@ STDIT_API const char* stdit_architectures(void);
 // Fails when the library's kernels cannot run on that device.
 STDIT_API int stdit_check_device(int device);
 
-// ema[i][j] += (1 - decay) * (param[i][j] - ema[i][j]) for `count` contiguous tensors of sizes[i] elements.
-// ema is float32; all params have one dtype, a stdit_dtype.
-STDIT_API int stdit_ema_update(float* const* ema, const void* const* params, const int64_t* sizes, int64_t count,
-                               int param_dtype, double decay, int device, void* stream);
+// The sum of the squares of all gradients into *square_sum, on the device. `grads`, read before this returns: for each
+// tensor the address of its gradient, of one stdit_dtype for all, or null, where there is none.
+STDIT_API int stdit_adamw_square_sum(const struct stdit_adamw* optimizer, const void* const* grads, int grad_dtype,
+                                     double* square_sum, int device, void* stream);
+
+// AdamW's update with the gradients of the last stdit_adamw_square_sum, clipped by *square_sum, which may have become
+// several processes' by now; then the averages'. Changes nothing where *square_sum or *loss, which may be null, is not
+// finite. Tensors without gradient keep all but their averages.
+STDIT_API int stdit_adamw_update(const struct stdit_adamw* optimizer, int grad_dtype, const double* square_sum,
+                                 const double* loss, const struct stdit_adamw_settings* settings, int device,
+                                 void* stream);
 
 // The forward pass; writes o and lse.
 STDIT_API int stdit_attention_forward(const struct stdit_attention* call, int device, void* stream);

@@ -30,4 +30,12 @@ __device__ __forceinline__ float4 load4(const __nv_bfloat16* p) {
 
 __device__ __forceinline__ void store4(float* p, float4 value) { *reinterpret_cast<float4*>(p) = value; }
 
+__device__ __forceinline__ void store4(__nv_bfloat16* p, float4 value) {
+  __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(value.x, value.y), __floats2bfloat162_rn(value.z, value.w)};
+  *reinterpret_cast<uint2*>(p) = *reinterpret_cast<uint2*>(pairs);
+}
+
+__device__ __forceinline__ void store1(float* p, float value) { *p = value; }
+__device__ __forceinline__ void store1(__nv_bfloat16* p, float value) { *p = __float2bfloat16_rn(value); }
+
 }  // namespace stdit

@@ -111,6 +111,37 @@ class Attention {
   stdit_attention call_;
 };
 
+// How one GEMM of a linear layer runs on a device; see stdit_linear in c_api.h.
+class Linear {
+ public:
+  Linear(int product, bool gelu, bool bias, int64_t rows, int64_t in_features, int64_t out_features, int device,
+         int rank) {
+    const stdit_linear layer{product, gelu, bias, rows, in_features, out_features};
+    raise_if_failed(stdit_linear_plan(&layer, device, rank, &plan_, &workspace_bytes_));
+  }
+  ~Linear() { stdit_linear_destroy(plan_); }
+  Linear(const Linear&) = delete;
+  Linear& operator=(const Linear&) = delete;
+  int64_t workspace_bytes() const { return workspace_bytes_; }
+  void run(uintptr_t first, uintptr_t second, uintptr_t result, uintptr_t bias, uintptr_t hidden, uintptr_t workspace,
+           uintptr_t stream) const {
+    const stdit_linear_arrays arrays{reinterpret_cast<const void*>(first),  reinterpret_cast<const void*>(second),
+                                     reinterpret_cast<void*>(result),       reinterpret_cast<void*>(bias),
+                                     reinterpret_cast<void*>(hidden),       reinterpret_cast<void*>(workspace)};
+    raise_if_failed(stdit_linear_run(plan_, &arrays, reinterpret_cast<void*>(stream)));
+  }
+
+ private:
+  void* plan_ = nullptr;
+  int64_t workspace_bytes_ = 0;
+};
+
+int64_t cublaslt_version() {
+  int64_t version = 0;
+  raise_if_failed(stdit_cublaslt_version(&version));
+  return version;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -146,4 +177,15 @@ PYBIND11_MODULE(_C, m) {
       .def("backward", &Attention::backward, py::kw_only(), py::arg("d_o"), py::arg("d_q"), py::arg("d_k"),
            py::arg("d_v"), py::arg("d_weights"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>());
+  m.attr("LINEAR_FORWARD") = static_cast<int>(STDIT_LINEAR_FORWARD);
+  m.attr("LINEAR_INPUT_GRADIENT") = static_cast<int>(STDIT_LINEAR_INPUT_GRADIENT);
+  m.attr("LINEAR_WEIGHT_GRADIENT") = static_cast<int>(STDIT_LINEAR_WEIGHT_GRADIENT);
+  m.def("cublaslt_version", &cublaslt_version, "Of the cuBLASLt in this process, as 130200; raises where it has none.");
+  py::class_<Linear>(m, "Linear", "One GEMM of a linear layer with bias and GELU in its epilogue.")
+      .def(py::init<int, bool, bool, int64_t, int64_t, int64_t, int, int>(), py::kw_only(), py::arg("product"),
+           py::arg("gelu"), py::arg("bias"), py::arg("rows"), py::arg("in_features"), py::arg("out_features"),
+           py::arg("device"), py::arg("rank") = 0)
+      .def_property_readonly("workspace_bytes", &Linear::workspace_bytes)
+      .def("run", &Linear::run, py::arg("first"), py::arg("second"), py::arg("result"), py::arg("bias"),
+           py::arg("hidden"), py::arg("workspace"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }

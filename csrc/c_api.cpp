@@ -9,6 +9,7 @@
 #include "stdit/attention.h"
 #include "stdit/device.h"
 #include "stdit/device_guard.h"
+#include "stdit/linear.h"
 
 namespace {
 
@@ -86,3 +87,23 @@ int stdit_attention_backward_scratch(const stdit_attention* call, int device, in
     *bytes = stdit::attention_backward_scratch(*call);
   });
 }
+
+int stdit_cublaslt_version(int64_t* version) {
+  return guarded([&] { *version = stdit::cublaslt_version(); });
+}
+
+int stdit_linear_plan(const stdit_linear* layer, int device, int rank, void** plan, int64_t* workspace_bytes) {
+  return guarded([&] {
+    auto made = stdit::plan_linear(*layer, device, rank);
+    *workspace_bytes = made->workspace_bytes();
+    *plan = made.release();
+  });
+}
+
+int stdit_linear_run(const void* plan, const stdit_linear_arrays* arrays, void* stream) {
+  return guarded([&] {
+    static_cast<const stdit::LinearPlan*>(plan)->run(*arrays, static_cast<cudaStream_t>(stream));
+  });
+}
+
+void stdit_linear_destroy(void* plan) { delete static_cast<stdit::LinearPlan*>(plan); }

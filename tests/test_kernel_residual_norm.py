@@ -5,12 +5,14 @@ import torch
 from kernel_checks import DEVICE, check, dtypes, randn
 
 from stdit_fast import ops
+from stdit_fast.kernels import gelu
 from stdit_fast.ops.gate_residual import definition as gate_residual_definition
 from stdit_fast.ops.gate_residual_layer_norm_modulate import definition as joined_definition
 from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
 from stdit_fast.ops.linear import column_sum_op
+from stdit_fast.ops.linear_gelu import gelu_backward_op, gelu_input_gradient_op, linear_gelu_op
 from stdit_fast.ops.mlp import definition as mlp_definition
-from stdit_fast.ops.mlp import gelu_backward_op, gelu_op, modulated_definition
+from stdit_fast.ops.mlp import modulated_definition
 from stdit_fast.ops.modulated_linear import definition as modulated_linear_definition
 from stdit_fast.ops.modulated_linear import plain_definition
 from stdit_fast.ops.residual_norm import (
@@ -111,12 +113,16 @@ def mlp_weights(channels, hidden):
 
 
 @dtypes
+@pytest.mark.parametrize("keep_activation", [False, True], ids=["", "kept"])
 @pytest.mark.parametrize("with_branch", [True, False], ids=["branch", "no branch"])
-def test_modulated_mlp(with_branch, dtype):
+def test_modulated_mlp(with_branch, keep_activation, dtype):
+    if keep_activation and DEVICE == "cpu":
+        pytest.skip("no GPU: nothing is kept")
     inputs = branch_inputs((2, 3, 5, 72), True, gated=False) | mlp_weights(72, 200)
     if not with_branch:
         inputs |= dict(o=None, gate=None, bias_o=None)
-    check(joined(ops.modulated_mlp, backend="fused"), joined(modulated_definition), inputs, dtype)
+    fused = joined(ops.modulated_mlp, backend="fused", keep_activation=keep_activation)
+    check(fused, joined(modulated_definition), inputs, dtype)
 
 
 @dtypes
@@ -128,10 +134,9 @@ def test_mlp(hidden, dtype):
 
 def test_gelu_at_both_ends():
     h = torch.tensor([[-1e4, -200.0, -20.0, 0.0, 20.0, 200.0, 1e4, 1.0]], device=DEVICE)
-    bias = torch.zeros(8, device=DEVICE)
     want = torch.nn.functional.gelu(h, approximate="tanh")
-    torch.testing.assert_close(gelu_op(h, bias), want)
-    dh, activation, _ = gelu_backward_op(torch.ones_like(h), h, bias)
+    torch.testing.assert_close(gelu.forward(h), want)
+    dh, activation, _ = gelu.backward(torch.ones_like(h), h)
     torch.testing.assert_close(dh, torch.tensor([[0, 0, 0, 0.5, 1, 1, 1, 1.0829640]], device=DEVICE))
     torch.testing.assert_close(activation, want)
 
@@ -215,6 +220,7 @@ def test_registered_ops():
     x, o, bias, row = plain
     torch.library.opcheck(backward_op, (x, o, x, stats, o, bias, row, row, row, True))
     torch.library.opcheck(backward_op, (x, None, None, None, o, bias, None, None, None, False))
-    torch.library.opcheck(gelu_op, (leaf(5, 16), leaf(16)))
-    torch.library.opcheck(gelu_backward_op, (randn(5, 16), randn(5, 16), bias))
+    torch.library.opcheck(linear_gelu_op, (randn(5, 16), randn(24, 16), randn(24)))
+    torch.library.opcheck(gelu_backward_op, (randn(5, 24), randn(5, 24)))
+    torch.library.opcheck(gelu_input_gradient_op, (randn(5, 16), randn(16, 24), randn(5, 24)))
     torch.library.opcheck(column_sum_op, (randn(5, 16),))

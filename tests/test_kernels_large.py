@@ -5,7 +5,8 @@ import torch
 from kernel_checks import relative_error
 
 from stdit_fast import ops
-from stdit_fast.ops.mlp import gelu_op
+from stdit_fast.kernels import gelu
+from stdit_fast.ops.linear_gelu import gelu_input_gradient_op, linear_gelu_op
 
 GIB = 2**30
 ROOM = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
@@ -40,8 +41,19 @@ def test_residual_and_norm():
 
 
 def test_gelu():
-    h, bias = randn(480_000, 4608), randn(4608)  # 2.2e9 elements
-    close(gelu_op(h, bias)[-FEW:], gelu_op(h[-FEW:].contiguous(), bias))
+    h = randn(480_000, 4608)  # 2.2e9 elements
+    close(gelu.forward(h)[-FEW:], gelu.forward(h[-FEW:].contiguous()))
+
+
+def test_linear_gelu():
+    x, weight, bias = randn(480_000, 64), randn(4608, 64), randn(4608)  # 2.2e9 hidden values
+    activation, hidden = linear_gelu_op(x, weight, bias)
+    few = linear_gelu_op(x[-FEW:].contiguous(), weight, bias)
+    close(activation[-FEW:], few[0])
+    close(hidden[-FEW:], few[1])
+    dy, out = randn(480_000, 64), randn(64, 4608)
+    few = gelu_input_gradient_op(dy[-FEW:].contiguous(), out, hidden[-FEW:].contiguous())
+    close(gelu_input_gradient_op(dy, out, hidden)[-FEW:], few)
 
 
 def test_temporal_attention():

@@ -28,13 +28,26 @@ def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, planned: int) -> int:
         tokens: [B, T, S, C], the input of the first block.
         planned: bytes that training holds beside activations, `training_bytes`.
     """
+    unit = tokens.numel() * tokens.element_size()
+    kept = kept_units(model.config, tokens)
+    return blocks_for_budget(_budget(model, tokens, planned), unit, len(model.blocks), kept)
+
+
+def room_for_activations(model: nn.Module, tokens: Tensor, planned: int, checkpointed: int) -> bool:
+    """Whether the blocks that are not recomputed can keep the activations of their MLPs too; as above."""
+    unit = tokens.numel() * tokens.element_size()
+    kept = kept_units(model.config, tokens) + model.config.mlp_ratio
+    need = _needed(unit, len(model.blocks), kept, checkpointed)
+    return need <= _budget(model, tokens, planned)
+
+
+def _budget(model: nn.Module, tokens: Tensor, planned: int) -> float:
+    """Bytes that activations can have."""
     # What is there already counts as it is; what training has yet to allocate (before its first step) as planned.
     held = max(torch.cuda.memory_allocated(tokens.device), planned)
     if getattr(model, "graphs", None) is not None:
         held += model.graphs.pool_bytes
-    budget = (1 - _FRAGMENTATION) * memory_limit(tokens.device.index) - held - _FIXED
-    unit = tokens.numel() * tokens.element_size()
-    return blocks_for_budget(budget, unit, len(model.blocks), kept_units(model.config, tokens))
+    return (1 - _FRAGMENTATION) * memory_limit(tokens.device.index) - held - _FIXED
 
 
 def blocks_for_budget(budget: float, unit: int, blocks: int, kept: float) -> int:
@@ -43,13 +56,15 @@ def blocks_for_budget(budget: float, unit: int, blocks: int, kept: float) -> int
     Args:
         budget: bytes for activations; `unit`: bytes of one value per token and channel.
     """
-    for count in range(blocks + 1):
-        # The last blocks' backward passes are over, and their memory is free, when the first is recomputed.
-        held = max((blocks - count) * kept, kept)
-        need = unit * (held + 2 * count + _WORK_UNITS)
-        if need <= budget:
-            return count
-    return blocks
+    fitting = (count for count in range(blocks + 1) if _needed(unit, blocks, kept, count) <= budget)
+    return next(fitting, blocks)
+
+
+def _needed(unit: int, blocks: int, kept: float, count: int) -> float:
+    """Bytes at the peak where `count` blocks are recomputed."""
+    # The last blocks' backward passes are over, and their memory is free, when the first is recomputed.
+    held = max((blocks - count) * kept, kept)
+    return unit * (held + 2 * count + _WORK_UNITS)
 
 
 def kept_units(config, tokens: Tensor) -> float:

@@ -31,7 +31,7 @@ from stdit_fast.model.embeddings import (
     position_embedding,
 )
 from stdit_fast.model.graphs import BlockGraphs
-from stdit_fast.model.memory import blocks_to_checkpoint, training_bytes
+from stdit_fast.model.memory import blocks_to_checkpoint, room_for_activations, training_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -102,11 +102,13 @@ class Conditioning(NamedTuple):
         layout: of the packed text.
         rotation: [T, 2, D/2] of the temporal attention, see `ops.rotation_table`.
         switch: where x holds some of the T frames only.
+        keep_activation: whether the MLP's activation is kept for the backward pass.
     """
 
     layout: ops.TextLayout
     rotation: Tensor
     switch: FrameSwitch | None = None
+    keep_activation: bool = False
 
 
 class TextContext(NamedTuple):
@@ -168,7 +170,8 @@ class STDiT2Block(nn.Module):
         branch = ops.Branch(F.linear(o, cross.proj.weight), None, cross.proj.bias)
 
         weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
-        x, o = ops.modulated_mlp(x, branch, mlp_shift, mlp_scale, *weights, backend=backend)
+        options = {"keep_activation": cond.keep_activation, "backend": backend}
+        x, o = ops.modulated_mlp(x, branch, mlp_shift, mlp_scale, *weights, **options)
         return x, ops.Branch(o, mlp_gate, mlp.fc2.bias)
 
     def _temporal(
@@ -278,7 +281,7 @@ class STDiT2(PreTrainedModel):
         self.rope = RotaryEmbedding(config.head_dim)
         self.checkpointed_blocks: int | str = 0
         self.memory_reserve: int | None = None
-        self._training_bytes: int | None = None  # once a step with "auto" has asked
+        self._training_bytes: int | None = None  # once a step on a GPU has asked
         self.last_checkpointed = 0
         self.graphs: BlockGraphs | None = None
         self.last_graphed = False
@@ -369,7 +372,9 @@ class STDiT2(PreTrainedModel):
             x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C], or its keys and
                 values [M, depth, 2, H, D].
         """
-        cond = Conditioning(layout, rotation, self.switch)
+        cond = Conditioning(layout, rotation, self.switch, self._keeps_activations(x, checkpointed))
+        # A recomputed block's backward pass comes next, so that its activation takes no other block's place.
+        recomputed = cond._replace(keep_activation=True)
         # What depends on no block's x is made for all blocks at once: modulation [depth, B, 1 or T, 9, C], and the
         # text's keys and values [M, depth, 2, H, D] by one GEMM.
         tables = torch.cat([t for b in self.blocks for t in (b.scale_shift_table, b.scale_shift_table_temporal)])
@@ -382,7 +387,8 @@ class STDiT2(PreTrainedModel):
             if i < checkpointed:
                 # No block draws random numbers, so their state need not be kept. The branch goes in as it is: added
                 # here it would be one tensor less to keep, by another kernel, whose last bits may differ.
-                x, branch = checkpoint(block, x, branch, *args, cond, use_reentrant=False, preserve_rng_state=False)
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                x, branch = checkpoint(block, x, branch, *args, recomputed, **options)
             else:
                 x, branch = block(x, branch, *args, cond)
         return x, branch
@@ -501,10 +507,19 @@ class STDiT2(PreTrainedModel):
             return self.checkpointed_blocks
         if not tokens.is_cuda:
             return 0
+        count = blocks_to_checkpoint(self, tokens, self._planned_bytes())
+        return count if self.switch is None else self.switch.agree(count)
+
+    def _keeps_activations(self, tokens: Tensor, checkpointed: int) -> bool:
+        """Whether there is memory for the MLPs' activations of all blocks that are not recomputed."""
+        if not tokens.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        return room_for_activations(self, tokens, self._planned_bytes(), checkpointed)
+
+    def _planned_bytes(self) -> int:
         if self._training_bytes is None:
             self._training_bytes = training_bytes(self, self.memory_reserve)
-        count = blocks_to_checkpoint(self, tokens, self._training_bytes)
-        return count if self.switch is None else self.switch.agree(count)
+        return self._training_bytes
 
     # ------------------------------------------------------- initial values
 

@@ -13,8 +13,13 @@ column_sum_op = library.define(
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy [..., C_out] and x [..., C_in] to [C_out, C_in]."""
-    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+    """dy [..., C_out] and x [..., C_in] to [C_out, C_in], which may lie transposed."""
+    dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+    if dy.shape[1] > 3 * x.shape[1]:
+        # cuBLAS has better tiles for the wide matrix than for the tall one: 4608 x 1152 takes 0.237 ms with 13,824
+        # tokens and 2.56 ms with 110,160, its transpose 0.211 and 1.64 (H100). With 3456 rows there is no difference.
+        return (x.t() @ dy).t()
+    return dy.t() @ x
 
 
 def bias_gradient(dy: Tensor) -> Tensor:

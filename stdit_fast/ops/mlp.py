@@ -4,19 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stdit_fast.kernels import gelu as kernels
-from stdit_fast.ops import library, registry
+from stdit_fast.ops import registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
 from stdit_fast.ops.gate_residual import definition as gate_residual_definition
 from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
 from stdit_fast.ops.linear import bias_gradient, weight_gradient
+from stdit_fast.ops.linear_gelu import keeps, linear_gelu_backward, linear_gelu_op, serving
 from stdit_fast.ops.modulated_linear import enter_branch
 from stdit_fast.ops.residual_norm import Branch, branch_backward, check_branch, check_norm, one_frame_count
 
 NAME = "mlp"
 MODULATED_NAME = "modulated_mlp"
-registry.declare(NAME, registry.triton_kernel)
-registry.declare(MODULATED_NAME, registry.triton_kernel)
+registry.declare(NAME, serving)
+registry.declare(MODULATED_NAME, serving)
 
 
 def mlp(
@@ -24,8 +24,8 @@ def mlp(
 ) -> Tensor:
     """fc2(gelu_tanh(fc1(x))).
 
-    Operations: 4 * tokens * C_in * C_hidden with C_out = C_in. Bytes beside the GEMMs': the hidden values in, their
-    activation out. Kept for the backward pass: x and the hidden values before bias and activation.
+    Operations: 4 * tokens * C_in * C_hidden with C_out = C_in. Bytes beside the GEMMs': the hidden values, which the
+    first writes beside their activation. Kept for the backward pass: x and the hidden values.
 
     Args:
         x: [..., C_in].
@@ -63,12 +63,13 @@ def modulated_mlp(
     fc2_weight: Tensor,
     eps: float = 1e-6,
     *,
+    keep_activation: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """x + gate * (o + bias_o), and the MLP of LN of that * (1 + scale) + shift, without its last bias.
 
     The last bias goes into the `Branch` that the result becomes. Kept for the backward pass: the new x, o, mean
-    and 1/std of each row, and the hidden values before bias and activation; u and the activation are made again.
+    and 1/std of each row, and the hidden values before the activation; u and the activation are made again.
 
     Args:
         x: [B, T, S, C], the residual stream.
@@ -76,6 +77,8 @@ def modulated_mlp(
         shift, scale: [B, 1, C] or [B, T, C].
         fc1_weight: [C_hidden, C]; fc1_bias: [C_hidden]; fc2_weight: [C, C_hidden].
         eps: added to the variance.
+        keep_activation: whether the activation, as large as the hidden values, is kept too where that saves a pass;
+            made again it may have other last bits.
         backend: see `registry.use_kernel`.
 
     Returns:
@@ -91,7 +94,8 @@ def modulated_mlp(
     if registry.use_kernel(MODULATED_NAME, backend, x, *fc1_weight.shape, fc2_weight.shape[0]):
         o, gate, bias_o = (None, None, None) if branch is None else branch
         gate, shift, scale = one_frame_count(MODULATED_NAME, x, gate, shift, scale)
-        return _ModulatedMlp.apply(x, o, gate, bias_o, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps)
+        weights = (fc1_weight, fc1_bias, fc2_weight)
+        return _ModulatedMlp.apply(x, o, gate, bias_o, shift, scale, *weights, eps, keep_activation)
     return modulated_definition(x, branch, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps)
 
 
@@ -118,54 +122,19 @@ def _check_weights(op: str, x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2
     expect_shape(op, "fc2_weight", fc2_weight, (out, hidden))
 
 
-gelu_op = library.define(
-    "gelu(Tensor h, Tensor bias) -> Tensor",
-    lambda h, bias: kernels.forward(h.contiguous(), bias),
-    lambda h, bias: h.new_empty(h.shape),
-)
-gelu_backward_op = library.define(
-    "gelu_backward(Tensor da, Tensor h, Tensor bias) -> (Tensor, Tensor, Tensor)",
-    lambda da, h, bias: kernels.backward(da.contiguous(), h.contiguous(), bias),
-    lambda da, h, bias: (h.new_empty(h.shape), h.new_empty(h.shape), bias.new_empty(bias.shape)),
-)
-
-
-class _Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, h, bias):
-        ctx.save_for_backward(h, bias)
-        return library.below_autograd(gelu_op, h, bias)
-
-    @staticmethod
-    def backward(ctx, da):
-        dh, _, dbias = gelu_backward_op(da, *ctx.saved_tensors)
-        return dh, dbias
-
-
-library.differentiable(gelu_op, _Gelu)
-
-
-def _hidden_backward(
-    dy: Tensor, h: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, wants_weight: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From dy [N, C_out] and h [N, C_hidden]: (dh, gradient of fc1's bias, gradient of fc2's weight if wanted)."""
-    dh, activation, dbias = gelu_backward_op(dy @ fc2_weight, h, fc1_bias)
-    return dh, dbias, weight_gradient(dy, activation) if wants_weight else None
-
-
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        h = F.linear(x.flatten(0, -2), fc1_weight)
-        ctx.save_for_backward(x, h, fc1_weight, fc1_bias, fc2_weight)
-        return F.linear(gelu_op(h, fc1_bias), fc2_weight, fc2_bias).view(*x.shape[:-1], -1)
+        activation, h = linear_gelu_op(x.flatten(0, -2), fc1_weight, fc1_bias)
+        ctx.save_for_backward(x, h, fc1_weight, fc2_weight)
+        return F.linear(activation, fc2_weight, fc2_bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dy):
-        x, h, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        x, h, fc1_weight, fc2_weight = ctx.saved_tensors
         dy = dy.flatten(0, -2)
         wanted = ctx.needs_input_grad
-        dh, dfc1_bias, dfc2_weight = _hidden_backward(dy, h, fc1_bias, fc2_weight, wanted[3])
+        dh, dfc1_bias, dfc2_weight = linear_gelu_backward(dy, h, None, fc2_weight, wanted[3])
         dx = (dh @ fc1_weight).view(x.shape) if wanted[0] else None
         dfc1_weight = weight_gradient(dh, x) if wanted[1] else None
         return dx, dfc1_weight, dfc1_bias, dfc2_weight, bias_gradient(dy) if wanted[4] else None
@@ -173,25 +142,26 @@ class _Mlp(torch.autograd.Function):
 
 class _ModulatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, o, gate, bias_o, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps):
+    def forward(ctx, x, o, gate, bias_o, shift, scale, fc1_weight, fc1_bias, fc2_weight, eps, keep_activation):
         ctx.set_materialize_grads(False)
         x_new, u, stats = enter_branch(x, o, gate, bias_o, shift, scale, eps)
-        h = F.linear(u.flatten(0, -2), fc1_weight)
+        activation, h = linear_gelu_op(u.flatten(0, -2), fc1_weight, fc1_bias)
         o = o if gate is not None else None  # only the gate's gradient needs it
-        ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight)
-        return x_new, F.linear(gelu_op(h, fc1_bias), fc2_weight).view(*x.shape[:-1], -1)
+        kept = keeps(activation, keep_activation)
+        ctx.save_for_backward(x_new, stats, o, gate, bias_o, shift, scale, h, kept, fc1_weight, fc2_weight)
+        return x_new, F.linear(activation, fc2_weight).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, dx_new, dy):
-        x_new, stats, o, gate, bias_o, shift, scale, h, fc1_weight, fc1_bias, fc2_weight = ctx.saved_tensors
+        x_new, stats, o, gate, bias_o, shift, scale, h, activation, fc1_weight, fc2_weight = ctx.saved_tensors
         branch = (o, gate, bias_o)
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, branch, None, None)
             d_o = grads.d_o if ctx.needs_input_grad[1] else None
-            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None, None
-        dh, dfc1_bias, dfc2_weight = _hidden_backward(
-            dy.flatten(0, -2), h, fc1_bias, fc2_weight, ctx.needs_input_grad[8]
-        )  # fmt: skip
+            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None, None, None
+        dh, dfc1_bias, dfc2_weight = linear_gelu_backward(
+            dy.flatten(0, -2), h, activation, fc2_weight, ctx.needs_input_grad[8]
+        )
         du = (dh @ fc1_weight).view(x_new.shape)
         wants_weight = ctx.needs_input_grad[6]
         grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
@@ -205,5 +175,6 @@ class _ModulatedMlp(torch.autograd.Function):
             weight_gradient(dh, grads.u) if wants_weight else None,
             dfc1_bias,
             dfc2_weight,
+            None,
             None,
         )

@@ -72,6 +72,28 @@ struct stdit_adamw_settings {
   double average_decay;  // the averages' share that stays
 };
 
+// One GEMM of a linear layer y = x W^T + bias; x [rows, in_features], W [out_features, in_features], all contiguous
+// and bfloat16, at multiples of 16 bytes; features are multiples of 8.
+enum stdit_linear_product {
+  STDIT_LINEAR_FORWARD = 0,          // first x, second W, result y; bias: added; gelu: hidden written, y = gelu(hidden)
+  STDIT_LINEAR_INPUT_GRADIENT = 1,   // first dy, second W, result dx; gelu: dx times gelu'(hidden), x being
+                                     // gelu(hidden); bias, only with gelu: written, dx's sum over the rows
+  STDIT_LINEAR_WEIGHT_GRADIENT = 2,  // first dy, second x, result dW; bias: written, dy's sum over the rows
+};
+struct stdit_linear {
+  int product;  // a stdit_linear_product
+  int gelu;     // by its tanh approximation
+  int bias;
+  int64_t rows, in_features, out_features;
+};
+struct stdit_linear_arrays {
+  const void *first, *second;
+  void* result;
+  void* bias;       // null without
+  void* hidden;     // of y's shape (forward) or x's; null without gelu
+  void* workspace;  // as many bytes as the plan needs
+};
+
 // What went wrong in this thread's last failed call; valid until its next one.
 STDIT_API const char* stdit_last_error(void);
 
@@ -103,6 +125,19 @@ STDIT_API int stdit_attention_backward(const struct stdit_attention* call,
 
 // Bytes of scratch memory that the backward pass needs on that device, in *bytes.
 STDIT_API int stdit_attention_backward_scratch(const struct stdit_attention* call, int device, int64_t* bytes);
+
+// The version of the cuBLASLt that this process has loaded, as 130200; fails where it has none.
+STDIT_API int stdit_cublaslt_version(int64_t* version);
+
+// Makes a plan of how a layer's GEMM runs on a device; `rank` picks the library's proposal, 0 its best.
+STDIT_API int stdit_linear_plan(const struct stdit_linear* layer, int device, int rank, void** plan,
+                                int64_t* workspace_bytes);
+
+// Launches it on a stream of its device.
+STDIT_API int stdit_linear_run(const void* plan, const struct stdit_linear_arrays* arrays, void* stream);
+
+// Ends a plan, whose launches may still run.
+STDIT_API void stdit_linear_destroy(void* plan);
 
 #ifdef __cplusplus
 }

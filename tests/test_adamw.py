@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stdit_fast import _cuda
 from stdit_fast.ops import registry
-from stdit_fast.ops.adamw import AdamWStep, Hyperparameters, definition, square_sum_definition
+from stdit_fast.ops.adamw import AdamWStep, Hyperparameters, definition, library_step, square_sum_definition
 
 ON_GPU, GPU_REASON = _cuda.available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
@@ -176,6 +176,30 @@ def test_a_step_that_is_not_finite_changes_nothing(where, value, device):
     assert step.steps.tolist() == [1, 2, 3] and not any(map(torch.equal, everything(step), before))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32])
+def test_the_librarys_step_is_the_definition_to_rounding(grad_dtype, device):
+    """PyTorch's kernels, for GPUs without ours: clipped, with a tensor that has no gradient, then a skipped step."""
+    case = Case([(3, 5), (9001,), (70_000,), (11,)])
+    step, plain = case.on(device), case.on("cpu")
+    for number in range(3):
+        grads = case.grads(number, grad_dtype)
+        grads[number] = None
+        on_device = [None if g is None else g.to(device) for g in grads]
+        before = [None if g is None else g.clone() for g in on_device]
+        library_step(step, on_device, square_sum_definition(on_device, step.steps.device), None, SETTINGS)
+        definition(plain, grads, square_sum_definition(grads, torch.device("cpu")), None, SETTINGS)
+        assert all(g is None or torch.equal(g, b) for g, b in zip(on_device, before, strict=True))
+    assert torch.equal(step.steps.cpu(), plain.steps)
+    for mine, other in zip(everything(step), everything(plain), strict=True):
+        coarse = mine.dtype == torch.bfloat16
+        torch.testing.assert_close(mine, other, rtol=1e-2 if coarse else 1e-5, atol=1e-4 if coarse else 1e-7)
+    before = [t.clone() for t in everything(step)]
+    nowhere = torch.tensor(math.nan, dtype=torch.float64, device=device)
+    library_step(step, on_device, torch.ones_like(nowhere), nowhere, SETTINGS)
+    assert same(everything(step), before)
+
+
 def test_large_gradients_have_a_norm():
     """1e30 squared is no float32, but a float64."""
     step = Case([(4,)]).on("cpu")
@@ -238,7 +262,8 @@ def test_a_decay_outside_0_to_1_is_refused():
 
 def test_the_registry_says_what_serves_and_why():
     (serving,) = [s for s in registry.serving() if s.op == "adamw"]
-    assert serving.implementation == ("cuda" if ON_GPU else registry.REFERENCE)
+    without = "library" if torch.cuda.is_available() else registry.REFERENCE
+    assert serving.implementation == ("cuda" if ON_GPU else without)
     assert serving.reason == GPU_REASON
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from stdit_fast import _cuda
 from stdit_fast.ops import registry
@@ -16,7 +17,9 @@ _NORM_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 def _choose() -> tuple[str, str]:
     available, reason = _cuda.available()
-    return ("cuda" if available else registry.REFERENCE), reason
+    if available:
+        return "cuda", reason
+    return ("library" if torch.cuda.is_available() else registry.REFERENCE), reason
 
 
 registry.declare(NAME, _choose)
@@ -48,7 +51,8 @@ class AdamWStep:
 
     On one GPU that the CUDA library serves, a step reads nothing back: whether it is skipped, and by how much gradients
     are clipped, is decided on the device. The kernels and the plain definition give the same bits (but for the powers
-    of the betas, of which a library may round the last bit of 53 otherwise). All steps belong on one stream.
+    of the betas, of which a library may round the last bit of 53 otherwise). All steps belong on one stream. On other
+    GPUs PyTorch's fused AdamW and one pass for each of the rest do it, and the decision is read back.
 
     Args:
         masters: the weights, float32 (the definition also takes float64).
@@ -115,6 +119,8 @@ class AdamWStep:
             raise ValueError(f"{NAME}: average_decay is {settings.average_decay}, expected 0 to 1")
         if self._kernel is not None:
             self._kernel.update(square_sum, loss, settings)
+        elif self.steps.is_cuda and self.masters[0].dtype == torch.float32:
+            library_step(self, grads, square_sum, loss, settings)
         else:
             definition(self, grads, square_sum, loss, settings)
 
@@ -186,10 +192,10 @@ def definition(
     settings: Hyperparameters,
 ) -> None:
     """The step in plain PyTorch: float64 rounded once, but for the quotient of the moments."""
-    if not (square_sum.isfinite() and (loss is None or loss.isfinite())):
+    clip = _clip_factor(square_sum, loss, settings)
+    if clip is None:
         return
     (beta1, beta2), lr = settings.betas, settings.lr
-    clip = min(1.0, settings.max_norm / (math.sqrt(square_sum.item()) + _NORM_EPSILON))
     steps = tensors.steps.tolist()
     for i, (master, grad) in enumerate(zip(tensors.masters, grads, strict=True)):
         if grad is not None:
@@ -209,6 +215,45 @@ def definition(
             average = tensors.averages[i]
             average.copy_(_lerp(average, master.double(), 1 - settings.average_decay))
     tensors.steps.copy_(torch.tensor(steps, dtype=torch.float32))
+
+
+def library_step(
+    tensors: AdamWStep,
+    grads: Sequence[Tensor | None],
+    square_sum: Tensor,
+    loss: Tensor | None,
+    settings: Hyperparameters,
+) -> None:
+    """The step by PyTorch's own kernels for many tensors, in float32: for GPUs that ours do not serve."""
+    clip = _clip_factor(square_sum, loss, settings)
+    if clip is None:
+        return
+    served = [i for i, grad in enumerate(grads) if grad is not None]
+    if served:
+        steps = tensors.steps.unbind()
+        columns = (tensors.masters, tensors.exp_avgs, tensors.exp_avg_sqs, steps)
+        masters, exp_avgs, exp_avg_sqs, steps = ([column[i] for i in served] for column in columns)
+        clipped = [grads[i].view(tensors.masters[i].shape).to(torch.float32, copy=True) for i in served]
+        torch._foreach_mul_(clipped, clip)
+        beta1, beta2 = settings.betas
+        adamw(
+            masters, clipped, exp_avgs, exp_avg_sqs, [], steps, fused=True, amsgrad=False, maximize=False,
+            beta1=beta1, beta2=beta2, lr=settings.lr, weight_decay=settings.weight_decay, eps=settings.eps,
+        )  # fmt: skip
+        if tensors.working is not None:
+            working = [tensors.working[i].view(tensors.masters[i].shape) for i in served]
+            torch._foreach_copy_(working, masters)
+    if tensors.averages is not None:
+        torch._foreach_lerp_(tensors.averages, tensors.masters, 1 - settings.average_decay)
+
+
+def _clip_factor(square_sum: Tensor, loss: Tensor | None, settings: Hyperparameters) -> float | None:
+    """What gradients are multiplied by, or None for a step that is not finite; read from the device."""
+    values = square_sum.reshape(1) if loss is None else torch.stack([square_sum, loss])
+    square, *others = values.tolist()
+    if not all(map(math.isfinite, (square, *others))):
+        return None
+    return min(1.0, settings.max_norm / (math.sqrt(square) + _NORM_EPSILON))
 
 
 def _lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:

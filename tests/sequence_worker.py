@@ -31,11 +31,10 @@ CASES = {
 CHANNELS, DEPTH = 48, 2
 
 
-def make_model() -> STDiT2:
+def make_model(caption_channels: int = 16) -> STDiT2:
     torch.manual_seed(0)
-    config = STDiT2Config(
-        hidden_size=CHANNELS, depth=DEPTH, num_heads=4, caption_channels=16, model_max_length=6, backend="reference"
-    )
+    sizes = dict(hidden_size=CHANNELS, depth=DEPTH, num_heads=4, caption_channels=caption_channels, model_max_length=6)
+    config = STDiT2Config(**sizes, backend="reference")
     model = STDiT2(config).train()
     for p in model.parameters():  # zero-initialised layers would hide what comes before them
         if p.count_nonzero() == 0:
@@ -213,6 +212,38 @@ def short_run(arguments: list[str]) -> dict:
     return {"path": str(path), "step": one.step}
 
 
+def sampling(group, run: Path, folder: Path) -> dict:
+    """Latents of a shared pipeline against those of one process, and what the command line makes of a run."""
+    from stdit_fast.diffusion.schedulers import make_scheduler
+    from stdit_fast.encoders import load_autoencoder, load_text_encoder
+    from stdit_fast.sample.__main__ import main as sample
+    from stdit_fast.sample.pipeline import STDiT2Pipeline
+
+    text = load_text_encoder("minilm-embeddings", max_length=6)
+    model = make_model(caption_channels=text.channels).eval()
+    pipeline = STDiT2Pipeline.of(model, load_autoencoder("patch-codec"), text, make_scheduler("ddim", 1000))
+    pipeline.set_progress_bar_config(disable=True)
+
+    def latents():
+        options = dict(num_frames=5, height=48, width=80, num_inference_steps=3, loops=2, condition_frame_length=2)
+        generator = torch.Generator().manual_seed(3)
+        return pipeline("a sea", output_type="latent", generator=generator, **options).frames
+
+    alone = latents()
+    pipeline.share(group)
+    shared = latents()
+    arguments = ["--model", run, "--prompt", "a sea", "--num_frames", 5, "--height", 48, "--width", 80]
+    arguments += ["--num_sampling_steps", 2, "--outputs", folder / "samples", "--device", "cpu"]
+    close, Processes.close = Processes.close, Processes.barrier
+    status = sample([str(a) for a in arguments])
+    Processes.close = close
+    return {
+        "difference": float((shared - alone).norm() / alone.norm()),
+        "status": status,
+        "files": sorted(path.name for path in (folder / "samples").iterdir()),
+    }
+
+
 def different_data(arguments: list[str], processes: Processes) -> str:
     """What a rank is told whose caption is another one."""
     from stdit_fast.train.config import parse
@@ -248,6 +279,7 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
     result["training"] = training(arguments, processes)
     result["different data"] = different_data(arguments, processes)
     result["run"] = short_run(arguments)
+    result["sampling"] = sampling(groups[4], Path(result["run"]["path"]).parents[1], folder)
     (folder / f"{rank}.json").write_text(json.dumps(result))
     processes.close()
 

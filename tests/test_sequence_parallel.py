@@ -113,6 +113,14 @@ def test_a_training_step_of_mixed_groups_is_that_of_one_process(results):
         assert set(sum(found["kinds"], [])) == {1, 2, 4}
 
 
+def test_sampling_shares_a_video(results):
+    """Two loops through the pipeline, and one file from the command line."""
+    for result in results:
+        found = result["sampling"]
+        assert found["difference"] <= 1e-5
+        assert found["status"] == 0 and len(found["files"]) == 1 and found["files"][0].endswith("a-sea.mp4")
+
+
 def test_ranks_that_see_different_data_are_told(results):
     for result in results:
         assert (

@@ -65,10 +65,13 @@ class Predictor:
             raise ValueError(f"bound is the text of {len(self._text.layout.lengths)} samples, expected {len(x)}")
         graph = self._graph(x, t, x_mask)
         if graph is None:
-            return self.model(x, t, self._text, x_mask=x_mask, **self._scalars)
+            return self._predict(x, t, x_mask)
         if not graph.bound:
             graph.bind(self._text, self._scalars)
         return graph.replay(x, t, x_mask)
+
+    def _predict(self, x: Tensor, t: Tensor, x_mask: Tensor | None) -> Tensor:
+        return self.model(x, t, self._text, x_mask=x_mask, **self._scalars)
 
     def _graph(self, x: Tensor, t: Tensor, x_mask: Tensor | None) -> "_Graph | None":
         rows, columns = (-(-size // p) for size, p in zip(x.shape[3:], self.model.config.patch_size[1:], strict=True))

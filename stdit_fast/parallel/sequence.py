@@ -57,7 +57,11 @@ class FrameSwitch:
     def __init__(self, group: SequenceGroup, num_frames: int, chunks: int | None = None):
         self.group, self.num_frames, self.chunks = group, num_frames, chunks
         self.frame_bounds = bounds(num_frames, group.size)
-        self.frames = part_of(num_frames, group.size, group.rank)
+        self.frames = self.frames_of(group.rank)
+
+    def frames_of(self, rank: int) -> slice:
+        """The frames that a rank of the group has."""
+        return part_of(self.num_frames, self.group.size, rank)
 
     def temporal(
         self, u: Tensor, weight: Tensor, bias: Tensor, attention: Callable[[Tensor], Tensor], proj_weight: Tensor
@@ -87,6 +91,17 @@ class FrameSwitch:
             o = attention(_ArrivingLinear.apply(token, weight, bias, transfer))
             leaving.append(_Return.apply(o, returning))
         return _ReturnedLinear.apply(proj_weight, positions, back, *leaving)
+
+    @torch.no_grad()
+    def there_and_back(self, u: Tensor) -> Tensor:
+        """u [B, T/n, S, C] through both all-to-alls, with nothing between them; it comes back as it was."""
+        out = torch.empty_like(u)
+        for chunk in self._chunks(u.shape[:3].numel(), u.shape[2]):
+            there, back = (_Transfer(self, u.shape[0], u.shape[3], chunk) for _ in range(2))
+            there.send_columns(u)
+            back.send_frames(there.receive_all_frames())
+            back.receive_columns(out)
+        return out
 
     def agree(self, count: int) -> int:
         """The largest of the group's counts: all ranks have to recompute the same blocks."""

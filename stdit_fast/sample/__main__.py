@@ -1,4 +1,7 @@
-"""`python -m stdit_fast.sample --model PATH --prompt TEXT ... [--config FILE] [--any_key value ...]`."""
+"""`python -m stdit_fast.sample --model PATH --prompt TEXT ... [--config FILE] [--any_key value ...]`.
+
+Under `torchrun --nproc_per_node N` the N GPUs share each video.
+"""
 
 import dataclasses
 import hashlib
@@ -24,6 +27,8 @@ from stdit_fast.diffusion.schedulers import make_scheduler
 from stdit_fast.encoders.autoencoder import LATENT_CHANNELS
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.write import VideoWriter, read_metadata
+from stdit_fast.parallel.groups import SequenceGroups, check_size
+from stdit_fast.parallel.processes import Processes, launch, launched_processes
 from stdit_fast.sample.loading import Source, find_source, load_pipeline
 from stdit_fast.sample.pipeline import STDiT2Pipeline, check_request
 from stdit_fast.sample.prompts import Prompt, read_prompts
@@ -56,14 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
         settings = parse(arguments)
         source = find_source(settings)
         samples = plan(settings, source)
-        samples = skip_existing(samples, settings) if settings.resume else samples
-        if not samples and settings.save_pipeline is None:
-            return 0
-        pipeline = load_pipeline(source, settings.backend)
-        status = 1
-        if settings.save_pipeline is not None:
-            save_whole(pipeline, Path(settings.save_pipeline))
-        make(pipeline, samples, settings)
+        processes = _processes(settings)
+        if settings.resume and (processes is None or processes.is_main):
+            samples = skip_existing(samples, settings)
+        if processes is not None:
+            samples = processes.gather_objects(samples)[0]
+        if samples or settings.save_pipeline is not None:
+            pipeline = load_pipeline(source, settings.backend)
+            if processes is not None:
+                pipeline.share(SequenceGroups(processes, [processes.world_size])[processes.world_size])
+            status = 1
+            if settings.save_pipeline is not None and pipeline.writes:
+                save_whole(pipeline, Path(settings.save_pipeline))
+            make(pipeline, samples, settings)
+        if processes is not None:
+            processes.close()
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return status
@@ -71,6 +83,22 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
     return 0
+
+
+def _processes(settings: Settings) -> Processes | None:
+    """Those that a launcher has started to share each video; None: this one is alone.
+
+    Raises:
+        ConfigError: as many of them as cannot share a video of that length.
+    """
+    count = launched_processes()
+    if count == 1:
+        return None
+    check_size(count, count)
+    if settings.num_frames < count:
+        remedy = f"each of the {count} processes needs a frame at least; start one process for images"
+        raise ConfigError("num_frames", settings.num_frames, remedy)
+    return launch(settings.seed)
 
 
 # ------------------------------------------------------------------ planning
@@ -186,8 +214,9 @@ def make(pipeline: STDiT2Pipeline, samples: Sequence[Sample], settings: Settings
     """
     done, batch_size = 0, settings.batch_size
     # Bars are for terminals alone.
-    pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False, disable=None)
-    with tqdm(total=len(samples), unit="file", disable=None) as bar:
+    quiet = None if pipeline.writes else True
+    pipeline.set_progress_bar_config(desc="denoising", position=1, leave=False, disable=quiet)
+    with tqdm(total=len(samples), unit="file", disable=quiet) as bar:
         while done < len(samples):
             batch = samples[done : done + batch_size]
             paths = _new_paths(batch, settings)
@@ -197,7 +226,7 @@ def make(pipeline: STDiT2Pipeline, samples: Sequence[Sample], settings: Settings
                 batch_size = len(batch) // 2
                 logger.warning("%d samples do not fit into memory at once: going on with %d", len(batch), batch_size)
                 continue
-            for path in paths:
+            for path in paths if pipeline.writes else []:
                 tqdm.write(str(path))
             done += len(paths)
             bar.update(len(paths))
@@ -205,6 +234,9 @@ def make(pipeline: STDiT2Pipeline, samples: Sequence[Sample], settings: Settings
 
 def _fits(pipeline: STDiT2Pipeline, batch: Sequence[Sample], paths: Sequence[Path], settings: Settings) -> bool:
     """Writes a batch if it fits into memory, which is free again where it does not."""
+    if pipeline.shared:  # all ranks would have to agree on another size
+        write_batch(pipeline, batch, paths, settings)
+        return True
     try:
         write_batch(pipeline, batch, paths, settings)
         return True
@@ -239,7 +271,12 @@ def write_batch(pipeline: STDiT2Pipeline, batch: Sequence[Sample], paths: Sequen
         # On the CPU, so that a seed means the same noise on every machine.
         generator=[torch.Generator().manual_seed(sample.settings["seed"]) for sample in batch],
         cuda_graphs=settings.cuda_graphs,
+        decode=pipeline.writes,
     )
+    if not pipeline.writes:
+        for _ in clips:  # another rank has them, too
+            pass
+        return
     with ExitStack() as stack:
         writers = [
             stack.enter_context(VideoWriter(path, settings.fps, sample.metadata(len(batch))))

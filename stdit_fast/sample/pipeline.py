@@ -23,9 +23,11 @@ from stdit_fast.media.pixels import to_pixels
 from stdit_fast.model.config import IMAGE_FPS
 from stdit_fast.model.prediction import Predictor
 from stdit_fast.model.stdit2 import STDiT2, TextContext
+from stdit_fast.parallel.groups import SequenceGroup, check_split
 from stdit_fast.sample.conditions import Condition, check_conditions, number_references, parse_mask_strategy, place
 from stdit_fast.sample.prompts import Prompt, parse_prompt
 from stdit_fast.sample.references import load_reference, reference_frames
+from stdit_fast.sample.shared import SharedPredictor
 from stdit_fast.sample.sizes import output_size
 
 with quiet_bitsandbytes():
@@ -84,6 +86,7 @@ class STDiT2Pipeline(DiffusionPipeline):
             transformer=transformer, vae=vae, text_encoder=text_encoder, scheduler=scheduler, tokenizer=tokenizer
         )
         self._predictor: Predictor | None = None
+        self._group: SequenceGroup | None = None
         self._t5: T5TextEncoder | None = None
 
     @classmethod
@@ -182,6 +185,8 @@ class STDiT2Pipeline(DiffusionPipeline):
         batch, channels = len(request.prompts), self.transformer.config.in_channels
         shape = (batch, channels, num_frames, *latent_size(request.height, request.width))
         check_settings(self.scheduler, num_inference_steps, guidance_scale, guidance_channels, channels)
+        if self._group is not None:
+            check_split(self._group.size, num_frames, -(-shape[-2] // 2) * -(-shape[-1] // 2))
         generators = _check_generators(generator, batch)
         if latents is not None and latents.shape != shape:
             raise ConfigError("latents", list(latents.shape), f"the noise for this size is {list(shape)}")
@@ -218,6 +223,24 @@ class STDiT2Pipeline(DiffusionPipeline):
                 new = clip if loop == 0 else clip[:, :, request.condition_frames :]
                 yield self.decode_latents(new) if decode else new
 
+    def share(self, group: SequenceGroup | None) -> None:
+        """From now on all ranks of a group make the same calls, and each computes on some frames; None: alone.
+
+        All of them answer with the whole video. Videos need at least as many frames as there are ranks. Nothing of it
+        depends on the ranks but the generators, which are to be seeded alike.
+        """
+        self._group, self._predictor = group, None
+
+    @property
+    def shared(self) -> bool:
+        """Whether several ranks make each video."""
+        return self._group is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is made is this rank's to write: of those that share it, the first one's."""
+        return self._group is None or self._group.rank == 0
+
     def release(self) -> None:
         """Gives back what calls keep for the next ones: the CUDA graphs and their memory."""
         self._predictor = None
@@ -244,6 +267,8 @@ class STDiT2Pipeline(DiffusionPipeline):
 
     def _prepare(self, cuda_graphs: bool) -> Predictor:
         """The predictor, whose graphs outlive a call."""
+        if self._group is not None:
+            return SharedPredictor(self.transformer, self._group)
         if self._predictor is None or self._predictor.model is not self.transformer or not cuda_graphs:
             self._predictor = Predictor(self.transformer, cuda_graphs)
         return self._predictor

@@ -33,6 +33,7 @@ ROWS = (
     ("bikes.mp4", 1, 272, 640, 100),
 )
 
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_TOKENS = 32100  # of T5's tokenizer; its model has 32,128
 
 
@@ -57,8 +58,16 @@ def write_table(clips: Path, path: Path) -> None:
 
 def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
     """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl."""
+    random_t5(folder / "t5", **T5_XXL)
+    write_tokenizer(folder / "t5")
+    return random_autoencoder(folder / "vae"), folder / "t5"
+
+
+def random_autoencoder(folder: Path) -> Path:
+    """An autoencoder of sd-vae-ft's size with random weights."""
     from diffusers import AutoencoderKL
 
+    torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -67,13 +76,18 @@ def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
         latent_channels=4,
         sample_size=256,
     )
-    vae.save_pretrained(folder / "vae")
-    random_t5(folder / "t5", d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
-    write_tokenizer(folder / "t5")
-    return folder / "vae", folder / "t5"
+    vae.save_pretrained(folder)
+    return folder
 
 
 def random_t5(folder: Path, **sizes: int) -> None:
+    """Saves `make_random_t5`."""
+    make_random_t5(**sizes).save_pretrained(folder)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def make_random_t5(**sizes: int):
     """A T5 encoder of the given sizes with random weights, the same each time, in bfloat16."""
     from transformers import T5Config, T5EncoderModel
 
@@ -85,11 +99,9 @@ def random_t5(folder: Path, **sizes: int) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            T5EncoderModel(config).save_pretrained(folder)
+            return T5EncoderModel(config)
     finally:
         torch.set_default_dtype(torch.float32)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def write_tokenizer(folder: Path) -> None:

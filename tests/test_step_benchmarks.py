@@ -1,0 +1,76 @@
+"""The benchmarks of whole training steps, of loading, and the timeline, on the CPU with a small model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from stdit_fast.benchmarks import data, trace, train_step
+from stdit_fast.errors import ConfigError
+
+
+def test_whole_steps_are_measured_and_drawn(tmp_path):
+    command = [sys.executable, "-m", "stdit_fast.benchmarks.train_step", "--small", "--workers", "0", "--steps", "3"]
+    command += ["--cases", "144p-1-2-features", "144p-1-2-online", "--out", tmp_path / "steps.jsonl"]
+    command += ["--trace", tmp_path / "step", "--", "--model.hidden_size", "48"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    features, online = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert (features["case"], online["case"]) == ("144p-1-2-features", "144p-1-2-online")
+    for record in (features, online):
+        notes = record["notes"]
+        assert notes["steps"] == 3 and record["ms_low"] <= record["ms"] <= record["ms_high"]
+        assert 0 < notes["transformer_share"] < 1 and 0 <= notes["wait_share"] < 1
+        assert sum(notes["parts"].values()) < 1.3 * record["ms_high"]
+    assert features["notes"]["parts"]["autoencoder"] == features["notes"]["parts"]["text encoder"] == 0
+    assert online["notes"]["parts"]["autoencoder"] > 0 and online["notes"]["parts"]["text encoder"] > 0
+
+    content = json.loads((tmp_path / "step-144p-1-2-online.json").read_text())
+    names = [part[0] for part in content["parts"]]
+    assert names.count("forward") == names.count("backward") == names.count("autoencoder") == 2
+    content["kernels"] = [[7, 4, 0.0, 500.0], [7, 1, 500.0, 900.0], [9, 0, 100.0, 300.0]]
+    (tmp_path / "drawn.json").write_text(json.dumps(content))
+    assert trace.main([str(tmp_path / "drawn.json"), "--out", str(tmp_path / "drawn.png")]) == 0
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("144p-16-6", "end it in one of features, online"),
+        ("144p-16-x-online", "write resolution-frames-batch"),
+        ("144p-64-1-online", "the clip has 132 frames"),
+    ],
+)
+def test_cases_that_cannot_be_are_refused_first(case, message):
+    with pytest.raises(ConfigError, match=message):
+        train_step.check_cases([case])
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
+        ("void stdit::(anonymous namespace)::attention_forward<80>()", "attention"),
+        ("_cross_attention_forward", "attention"),
+        ("_gate_residual_layer_norm_modulate_backward", "norms, gates, activation"),
+        ("void stdit::adamw_update<float>()", "optimizer, average"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies, clearing"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::exp_kernel>", "others"),
+    ],
+)
+def test_kinds_of_kernels(kernel, kind):
+    assert trace.KINDS[trace.kind_of(kernel)][0] == kind
+
+
+def test_loading_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DECODED", data.DECODED[-1:])
+    out = tmp_path / "loading.jsonl"
+    assert data.main(["--cases", "144p-16-1", "--workers", "0", "--seconds", "0.1", "--out", str(out)]) == 0
+    decode, loader = map(json.loads, out.read_text().splitlines())
+    assert (decode["case"], loader["case"]) == ("decode-144x176-144p-16", "loader-144p-16-1-workers-0")
+    assert decode["bytes"] == 16 * 144 * 256 * 3 == loader["notes"]["batch_bytes"]
+    assert loader["notes"]["clips_per_second"] == pytest.approx(1000 / loader["ms"], rel=0.01)

@@ -42,6 +42,7 @@ from stdit_fast.benchmarks.sweep_model import (
 )
 from stdit_fast.benchmarks.sweep_step import StepMeasurer
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.graphs import MAX_TOKENS
 from stdit_fast.model.memory import memory_limit
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.bucket_tables import BucketTable, Entry
@@ -65,6 +66,7 @@ class Conditions:
     Attributes:
         device, memory_gib: the GPU.
         budget: bytes that a step may allocate.
+        base: bytes of those that every step takes: weights, gradients, the optimizer's state, the average.
         world_size, model, text_tokens: as in a table.
         depth: blocks of the model.
     """
@@ -72,6 +74,7 @@ class Conditions:
     device: str
     memory_gib: float
     budget: float
+    base: float
     world_size: int
     model: dict
     text_tokens: int
@@ -110,9 +113,12 @@ def _size(shape: Shape) -> tuple[int, int]:
 
 
 def _batch_near(shape: Shape, tokens: float, depth: int) -> tuple[int, int]:
-    """(batch of about so many tokens, blocks to recompute): none, or all where one sample has more than that."""
-    batch = round(tokens / shape.tokens(1))
-    return (min(batch, 256), 0) if batch >= 1 else (1, depth)
+    """(batch of about so many tokens, blocks to recompute): none, or all where one sample has more than that.
+
+    No batch is as small as those that CUDA graphs run, which take memory of their own.
+    """
+    batch = max(round(tokens / shape.tokens(1)), MAX_TOKENS // shape.tokens(1) + 1)
+    return (min(batch, 256), 0) if shape.tokens(batch) <= 1.5 * tokens else (1, depth)
 
 
 class Sweep:
@@ -147,13 +153,11 @@ class Sweep:
     ):
         self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
         self.step_seconds, self.encoding, self.verify, self.say = step_seconds, encoding, verify, say
-        self.model = StepModel(conditions.depth, known or [], encoding.seconds if encoding else None)
+        self.model = StepModel(conditions.depth, conditions.base, known or [], encoding.seconds if encoding else None)
         self.budget = conditions.budget - (encoding.held if encoding else 0)
-        if encoding and encoding.held + encoding.peak > 0.75 * conditions.budget:
-            peak = (encoding.held + encoding.peak) / GIB
-            raise ConfigError(
-                "vae.micro_batch_size", None, f"encoding alone takes {peak:.1f} GiB; use a smaller number"
-            )
+        if encoding and conditions.base + encoding.peak > self.budget:
+            remedy = f"encoding takes {encoding.peak / GIB:.1f} GiB beside weights and states; use a smaller number"
+            raise ConfigError("vae.micro_batch_size", None, remedy)
         self.count = 0
 
     @property
@@ -183,7 +187,7 @@ class Sweep:
         """
         depth, shapes = self.conditions.depth, self.shapes
         value = 2 * self.conditions.model["hidden_size"]
-        room = 0.6 * self.conditions.budget - 20 * GIB * (self.conditions.budget > 40 * GIB)
+        room = 0.6 * (self.conditions.budget - self.conditions.base)
         kept, again = room / (value * 22 * depth), room / (value * (2 * depth + 45))
         images = sorted((s for s in shapes if s.frames == 1), key=lambda s: s.positions)
         videos = sorted((s for s in shapes if s.frames > 1), key=lambda s: s.positions)
@@ -404,17 +408,26 @@ def main(arguments: list[str] | None = None) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
     if args.memory_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
+    limit, ballast = memory_limit(device.index), COMMUNICATION if args.world_size > 1 else 0
+    model = model_config(first, T5_CHANNELS)
+    measurer = StepMeasurer(
+        model,
+        device,
+        world_size=args.world_size,
+        text_tokens=max(c.text_encoder.model_max_length for c in configs),
+        ballast=ballast,
+    )
     conditions = Conditions(
         device=torch.cuda.get_device_name(),
         memory_gib=args.memory_gib or total / GIB,
-        budget=(1 - args.margin) * memory_limit(device.index),
+        budget=(1 - args.margin) * limit,
+        base=measurer.base,
         world_size=args.world_size,
         model=sizes[0],
-        text_tokens=max(c.text_encoder.model_max_length for c in configs),
+        text_tokens=measurer.text_tokens,
     )
     out = args.out or bucket_tables.user_folder() / bucket_tables.folder_name(conditions.device, conditions.memory_gib)
     file, started = out / "sweep.jsonl", time.perf_counter()
-    model = model_config(first, T5_CHANNELS)
     originals = {path.stem: worst_shapes(config) for path, config in zip(args.config, configs, strict=True)}
     encoding = None
     if True in modes:
@@ -425,13 +438,6 @@ def main(arguments: list[str] | None = None) -> int:
             vae_frames=first.vae.micro_batch_size,
             say=_say,
         )
-    measurer = StepMeasurer(
-        model,
-        device,
-        world_size=args.world_size,
-        text_tokens=conditions.text_tokens,
-        ballast=COMMUNICATION if args.world_size > 1 else 0,
-    )
     for encoders in modes:
         ending = "-encoders" if encoders else ""
         sweep = Sweep(

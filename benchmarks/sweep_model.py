@@ -72,12 +72,19 @@ class StepModel:
 
     Args:
         depth: blocks of the model.
+        base: bytes that every step takes: weights, gradients, the optimizer's state.
         probes: what is known; `add` brings more.
         encoding: seconds that encoding adds to a step of so many samples of a shape; None: nothing is encoded.
     """
 
-    def __init__(self, depth: int, probes: Iterable[Probe] = (), encoding: Callable[[Shape, int], float] | None = None):
-        self.depth, self.encoding = depth, encoding
+    def __init__(
+        self,
+        depth: int,
+        base: float,
+        probes: Iterable[Probe] = (),
+        encoding: Callable[[Shape, int], float] | None = None,
+    ):
+        self.depth, self.base, self.encoding = depth, base, encoding
         self.probes: list[Probe] = list(probes)
         self.time_errors: list[float] = []
         self.memory_errors: list[float] = []
@@ -96,9 +103,13 @@ class StepModel:
         if not ran:
             return  # then nothing can be predicted yet
         self.time = non_negative_fit([self._time_terms(p) for p in ran], [p.median for p in ran])
-        self.memory = non_negative_fit([self._memory_terms(p) for p in ran], [p.peak for p in ran])
+        self.memory = non_negative_fit([self._memory_terms(p) for p in ran], [self._beyond(p) for p in ran])
         self.time_errors = [p.median / self._formula(self.time, self._time_terms(p)) - 1 for p in ran]
-        self.memory_errors = [p.peak / self._formula(self.memory, self._memory_terms(p)) - 1 for p in ran]
+        self.memory_errors = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) - 1 for p in ran]
+
+    def _beyond(self, probe: Probe) -> float:
+        """Bytes at the peak beyond those that every step takes."""
+        return max(probe.peak - self.base, 1e-3 * self.base)
 
     def _time_terms(self, of: "Probe | Choice") -> list[float]:
         shape, tokens = of.shape, of.shape.tokens(of.batch)
@@ -111,7 +122,7 @@ class StepModel:
         tokens = of.shape.tokens(of.batch)
         # Of checkpointed blocks one at a time is there as a whole.
         kept = max(self.depth - of.checkpointed, 1)
-        return [1.0, tokens, tokens * kept, of.batch, of.batch * of.shape.frames]
+        return [tokens, tokens * kept, of.batch, of.batch * of.shape.frames]
 
     @staticmethod
     def _formula(coefficients: np.ndarray, terms: list[float]) -> float:
@@ -146,10 +157,10 @@ class StepModel:
         for probe in ran:
             if (probe.batch, probe.checkpointed) == (batch, checkpointed):
                 return float(probe.peak)
-        known = [p.peak / self._formula(self.memory, self._memory_terms(p)) for p in ran]
+        known = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) for p in ran]
         factor = max(known) if known else 1 + max([0.0, *self.memory_errors])
         factor *= OUT_OF_MEMORY ** (len(own) - len(ran))  # what was expected to fit did not
-        return factor * self._formula(self.memory, self._memory_terms(at))
+        return self.base + factor * self._formula(self.memory, self._memory_terms(at))
 
     def refuted(self, shape: Shape, batch: int, checkpointed: int) -> bool:
         """Whether a probe with no more samples and no fewer recomputed blocks has run out of memory."""

@@ -36,12 +36,19 @@ class Metrics:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
         self._bucket_times: dict[str, list[float]] = defaultdict(list)
+        self._imbalances: list[tuple[float, float]] = []
         self._wandb = _start_wandb(folder, config) if wandb else None
 
     def step(self, step: int, values: dict, bucket: str) -> None:
-        """Records one step: `values` by name, numbers only; `bucket` is this process's own."""
+        """Records one step: `values` by name, numbers only; `bucket` is this process's own.
+
+        Of `imbalance_expected` and `imbalance_seen`, what waiting for the slowest process adds to a step, the former is
+        this step's, by the table of step times, and the latter that of two steps before.
+        """
         self._write({"step": step, "bucket": bucket} | values)
         self._bucket_times[bucket].append(values["step_seconds"])
+        if "imbalance_seen" in values:
+            self._imbalances.append((values["imbalance_expected"], values["imbalance_seen"]))
         shown = {
             "loss": f"{values['loss']:.4f}",
             "norm": f"{values['grad_norm']:.2f}",
@@ -96,11 +103,15 @@ class Metrics:
         self._bar.write(text)
 
     def summary(self) -> str:
-        """Median step time of every bucket, as a small table."""
+        """Median step time of every bucket, as a small table, and how unevenly the processes were busy."""
         if not self._bucket_times:
             return ""
         rows = [f"{name:<24}{len(t):>7}{sorted(t)[len(t) // 2]:>10.3f} s" for name, t in self._bucket_times.items()]
-        return "\n".join([f"{'bucket':<24}{'steps':>7}{'median':>12}", *sorted(rows)])
+        lines = [f"{'bucket':<24}{'steps':>7}{'median':>12}", *sorted(rows)]
+        if self._imbalances:
+            expected, seen = (sum(values) / len(values) for values in zip(*self._imbalances, strict=True))
+            lines.append(f"waiting for the slowest process: {expected:.1%} expected, {seen:.1%} seen, on average")
+        return "\n".join(lines)
 
     def close(self) -> None:
         self._bar.close()

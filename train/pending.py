@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stdit_fast.train.sampler import BatchRequest
+
 
 class Readback:
     """A step's numbers on their way to the host, and its time.
@@ -38,6 +40,33 @@ class Readback:
         return self._numbers.tolist(), self._ended - self._started
 
 
+class Stopwatch:
+    """Adds up the seconds of a process's own work, without its waits: `with stopwatch: ...`, any number of times."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._spans: list[tuple] = []
+
+    def __enter__(self) -> None:
+        self._started = self._now()
+
+    def __exit__(self, *exception) -> None:
+        self._spans.append((self._started, self._now()))
+
+    def _now(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> float:
+        """The sum; the device has to be done with it."""
+        if self._on_gpu:
+            return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
+        return sum(end - start for start, end in self._spans)
+
+
 @dataclass
 class PendingStep:
     """What has to be known of a step when its numbers come.
@@ -45,14 +74,16 @@ class PendingStep:
     Attributes:
         step: its number; lr: with which it was made.
         names: of the numbers, in order.
-        batches: (bucket, samples) of each micro-batch of this process; epoch: of the last.
+        batches: (bucket, samples) of each micro-batch of this process; request: of the last.
+        busy: the time of this process's passes.
         bad: this process's samples that could not be used.
     """
 
     step: int
     lr: float
-    epoch: int
+    request: BatchRequest
     batches: list[tuple[int, list[int]]]
     bad: list[dict]
     names: tuple[str, ...]
     readback: Readback
+    busy: Stopwatch

@@ -1,5 +1,6 @@
 """The training loop. `Trainer.__init__` builds, `train` loops, `train_step` is one step; read them in that order."""
 
+import gc
 import json
 import logging
 import math
@@ -7,7 +8,6 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from stdit_fast.media.pixels import from_pixels
 from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
-from stdit_fast.train import checkpoint
+from stdit_fast.train import checkpoint, out_of_memory
 from stdit_fast.train.bad_samples import BadSamples
 from stdit_fast.train.build import (
     build_data,
@@ -29,11 +29,11 @@ from stdit_fast.train.build import (
     encoder_dtype,
 )
 from stdit_fast.train.checkpoint import Checkpoints, TrainState
-from stdit_fast.train.config import TrainConfig, to_dict
+from stdit_fast.train.config import TrainConfig, size_table, to_dict
 from stdit_fast.train.ema import EMA
 from stdit_fast.train.features import pad_texts
 from stdit_fast.train.metrics import Metrics
-from stdit_fast.train.pending import PendingStep, Readback
+from stdit_fast.train.pending import PendingStep, Readback, Stopwatch
 from stdit_fast.train.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,9 @@ class Trainer:
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
         self.step = self.saved_step = 0
         self.skipped = self.skipped_in_a_row = self.truncated = self.failed_samples = 0
+        self.pieces = out_of_memory.Pieces()
         self._pending: PendingStep | None = None
+        self._busy_seconds = 0.0  # of this process's passes in the last step that was settled
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
@@ -131,12 +133,12 @@ class Trainer:
 
         Nothing here waits for the device, which has this step's work when the step before is settled.
         """
-        readback = Readback(self.device)
+        readback, busy = Readback(self.device), Stopwatch(self.device)
         self._set_learning_rate()
         loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, mse, vb, weighted
-        own = dict.fromkeys(("tokens", "samples", "bad", "waited", "truncated"), 0.0)
+        own = dict.fromkeys(("tokens", "samples", "bad", "waited", "truncated", "out_of_memory"), 0.0)
         micro_batches, bad = [], []
-        for i in range(self.config.grad_accumulation):
+        for _ in range(self.config.grad_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.step + 1, watchdog.LOADING)
             batch = next(batches)
@@ -147,27 +149,26 @@ class Trainer:
             own["samples"] += len(batch["samples"]) / batch["request"].parts
             own["bad"] += len(batch["bad"])
             bad.extend(batch["bad"])
-            micro_batches.append((batch["bucket"], [int(sample) for sample in batch["samples"]]))
-            already_truncated = self.text_encoder.truncated
-            with self._without_sync(last=i == self.config.grad_accumulation - 1):
-                losses = self.losses(self.model, batch)
-                weight = self._weight(batch)
-                self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
-            own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
-            loss_sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
+            micro_batches.append(batch)
+            with busy:
+                loss_sums = self._accumulate(micro_batches, loss_sums, own)
 
         self.watchdog.at(self.step + 1, watchdog.UPDATING, bucket)
         own["told_to_stop"] = float(self._told_to_stop)
+        own |= {f"busy {rank}": 0.0 for rank in range(self.processes.world_size)}
+        own[f"busy {self.processes.rank}"] = self._busy_seconds
         numbers = torch.cat([loss_sums, self._on_device([*own.values(), 0.0])])
         self.settle()
+        self.optimizer.reduce_gradients()
         self.optimizer.guarded_step(numbers)
         readback.send(numbers)
 
         self.step += 1
         self.data.sampler.advance()
-        lr, epoch = self.optimizer.param_groups[0]["lr"], batch["request"].epoch
+        lr, request = self.optimizer.param_groups[0]["lr"], batch["request"]
         names = ("loss", "mse", "vb", *own, "square_norm")
-        self._pending = PendingStep(self.step, lr, epoch, micro_batches, bad, names, readback)
+        trained = [(batch["bucket"], batch["samples"].tolist()) for batch in micro_batches]
+        self._pending = PendingStep(self.step, lr, request, trained, bad, names, readback, busy)
 
     def settle(self) -> None:
         """Reads the numbers of the last step, if that has not been done, and does what depends on them."""
@@ -175,12 +176,15 @@ class Trainer:
         if pending is None:
             return
         values, seconds = pending.readback.read()
+        self._busy_seconds = pending.busy.read()
         total = dict(zip(pending.names, values, strict=True))
         for mean in ("loss", "mse", "vb", "waited"):
             total[mean] /= self.processes.world_size
         grad_norm = math.sqrt(total["square_norm"])
         self.truncated += round(total["truncated"])
         self._stopping = total["told_to_stop"] > 0
+        if total["out_of_memory"]:
+            self._agree_on_pieces(pending.step, round(total["out_of_memory"]))
         self._count_bad_samples(pending.bad, bad=int(total["bad"]), seen=round(total["samples"]))
         self._record(pending, total, grad_norm, seconds)
         self._check_finite(pending, total["loss"], grad_norm)
@@ -229,11 +233,72 @@ class Trainer:
             return self.processes.world_size / batch["request"].step_batches
         return len(batch["samples"]) * self.processes.world_size / batch["request"].step_samples
 
-    def _without_sync(self, last: bool):
-        """Keeps gradients local until the last micro-batch, where the plugin can (ZeRO-2 reduces each)."""
-        if last or not self.booster.plugin.support_no_sync():
-            return nullcontext()
-        return self.booster.no_sync(self.model, self.optimizer)
+    def _accumulate(self, batches: list[dict], sums: torch.Tensor, own: dict[str, float]) -> torch.Tensor:
+        """Forward and backward passes of the last of this process's batches in a step; the sums with its losses added.
+
+        Where it runs out of memory, its bucket runs in smaller pieces from now on, and the step's passes begin anew.
+        Other processes notice nothing of it: no gradient is exchanged before all passes are over.
+
+        Args:
+            batches: of the step so far.
+            sums: loss, mse and vb of those before, weighted, [3].
+            own: counts of the step so far, of which those of the passes are kept.
+
+        Raises:
+            torch.OutOfMemoryError: a single sample does not fit, or other processes share a batch of the step.
+        """
+        batch = batches[-1]
+        bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
+        try:
+            return sums + self._forward_backward(batch, own)
+        except torch.OutOfMemoryError:
+            shared = any(b["request"].parts > 1 for b in batches)  # by processes that wait inside this pass
+            if shared or not self.pieces.halve(bucket, samples):
+                raise
+        # Out here, where the exception no longer holds what its frames had.
+        own["out_of_memory"] += 1
+        own["truncated"] = 0.0
+        self.optimizer.zero_grad()
+        self._free_memory()
+        sums = torch.zeros_like(sums)
+        for count in range(len(batches)):
+            sums = self._accumulate(batches[: count + 1], sums, own)
+        return sums
+
+    def _forward_backward(self, batch: dict, own: dict[str, float]) -> torch.Tensor:
+        """Passes of a batch, in pieces where it is known not to fit: loss, mse and vb, weighted, [3]."""
+        bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
+        parts = self.pieces.of(bucket, samples)
+        if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
+            self.state.model.set_checkpointing(bucket.checkpointed if len(parts) == 1 else "auto")
+        already_truncated = self.text_encoder.truncated
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for part in parts:
+            weight = self._weight(batch) * (part.stop - part.start) / samples
+            with self.booster.plugin.local_gradients(self.model):
+                losses = self.losses(self.model, out_of_memory.take(batch, part))
+                self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
+            sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
+        own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
+        return sums
+
+    def _free_memory(self) -> None:
+        """Gives back what nothing needs, the CUDA graphs' own memory too: they are captured anew as buckets come."""
+        self.state.model.set_cuda_graphs(self.config.cuda_graphs)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _agree_on_pieces(self, step: int, count: int) -> None:
+        """Brings the sizes that processes have lowered to all of them."""
+        self.pieces.count += count
+        before = dict(self.pieces.known)
+        known = self.pieces.agree(self.processes.gather_objects(self.pieces.limits))
+        for name, most in known.items():
+            if self.metrics and before.get(name) != most:
+                self.metrics.message(
+                    f"step {step}: {name} ran out of memory; its batches run in pieces of at most {most} from now on"
+                )
 
     def _set_learning_rate(self) -> None:
         """Linear warm-up, then constant."""
@@ -289,8 +354,13 @@ class Trainer:
             "bad_samples": self.bad_samples.count,
             "skipped_steps": self.skipped,
             "truncated_captions": self.truncated,
-            "epoch": pending.epoch,
+            "out_of_memory": self.pieces.count,
+            "epoch": pending.request.epoch,
         }
+        if self.processes.world_size > 1:
+            busy = [total[f"busy {rank}"] for rank in range(self.processes.world_size)]
+            seen = max(busy) * len(busy) / sum(busy) - 1 if sum(busy) else 0.0
+            values |= {"imbalance_expected": pending.request.imbalance, "imbalance_seen": seen}
         self.metrics.step(pending.step, values, self.data.buckets[pending.batches[-1][0]].name)
 
     # ------------------------------------------------------------ validation
@@ -368,6 +438,7 @@ class Trainer:
             "skipped_steps": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "truncated_captions": self.truncated,
+            "pieces": self.pieces.state_dict(),
             "failed_samples": self.failed_samples,
             "config": to_dict(self.config),
         }
@@ -396,6 +467,7 @@ class Trainer:
             self.bad_samples.load_state_dict(progress["bad_samples"])
             self.truncated = progress["truncated_captions"]
             self.failed_samples = progress.get("failed_samples", 0)  # which earlier checkpoints do not know
+            self.pieces.load_state_dict(progress.get("pieces", {"limits": {}, "count": 0}))  # likewise
             self._restore_position(progress)
             logger.info("resumed from %s", newest)
         elif self.config.load is not None:
@@ -455,6 +527,9 @@ class Trainer:
             f"{self.processes.world_size} x {self.device.type}, "
             f"{self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
         )
+        table = size_table(self.config)
+        if table is not None:
+            self.metrics.message(table.describe())
         self.metrics.message(self.data.sampler.plan(self.data.sampler.epoch).describe(self.data.buckets) + "\n")
 
 

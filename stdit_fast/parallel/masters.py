@@ -72,6 +72,14 @@ class MasterWeights(ABC):
         self.zero_grad()
 
     @abstractmethod
+    def reduce_gradients(self) -> None:
+        """Turns each process's own gradients into the mean over processes, once a step, after its backward passes.
+
+        These are local: a process that runs out of memory in one can begin anew, and none waits inside a backward pass
+        for another whose gradients come in another order.
+        """
+
+    @abstractmethod
     def gradients(self) -> list[Tensor | None]:
         """This process's part of each master's gradient, the mean over processes; None where there is none."""
 

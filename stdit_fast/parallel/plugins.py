@@ -4,6 +4,7 @@ Import only after `processes.import_colossalai`, which keeps ColossalAI's import
 """
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,19 @@ class ReplicatedOptimizer(OptimizerWrapper, MasterWeights):
     def __init__(self, optim: torch.optim.AdamW, max_norm: float, processes: Processes):
         super().__init__(optim)
         self.max_norm, self.processes = norm_limit(max_norm), processes
+
+    def reduce_gradients(self) -> None:
+        if self.processes.world_size == 1:
+            return
+        for master in self.masters:
+            if master.grad is None:  # where another process may have one
+                master.grad = torch.zeros_like(master)
+        grads = [master.grad for master in self.masters]
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= self.processes.world_size
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])
 
     def gradients(self) -> list[Tensor | None]:
         return [master.grad for master in self.masters]
@@ -52,23 +66,23 @@ class ReplicatedOptimizer(OptimizerWrapper, MasterWeights):
 class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
     """Each process holds its part of the fp32 weights and moments (ZeRO-2), the model is bf16.
 
-    Gradients are reduced and scattered by ColossalAI while the backward pass runs; what it does with them afterwards is
-    not used: a conversion, a clipping and a norm that is read back for each parameter. One process alone has nothing to
-    scatter, and its gradients are taken where the backward pass leaves them.
+    What ColossalAI does with gradients is not used: it reduces them as the backward pass brings them, in an order that
+    differs between ranks that run other graphs, in pieces of 2 MB, and its conversion, clipping and norm read back a
+    number for each parameter. One process alone has nothing to scatter, and its gradients are taken where the backward
+    pass leaves them.
     """
 
     def __init__(self, optim: torch.optim.AdamW, max_norm: float, processes: Processes, **kwargs):
         self.max_norm, self.processes = norm_limit(max_norm), processes
         self._backward_passes = 0  # since the last step
+        self._parts: list[Tensor] | None = None  # of reduced gradients
         super().__init__(optim, **kwargs)
 
     def _attach_reduction_hook(self) -> None:
-        if self.processes.world_size > 1:
-            super()._attach_reduction_hook()
+        pass  # see `reduce_gradients`
 
     def backward(self, loss: Tensor, inputs=None, retain_graph: bool = False) -> None:
-        alone = self.processes.world_size == 1
-        if alone and self._backward_passes == 1:
+        if self._backward_passes == 1:
             # A CUDA graph's gradients lie where its next run will write: what is to be added to needs its own memory.
             for working in self._working():
                 if working.grad is not None:
@@ -76,24 +90,33 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
         self._backward_passes += 1
         with self._backward_context():
             loss.backward(inputs=inputs, retain_graph=retain_graph)
-        if alone:
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        if self.processes.world_size == 1:
             return
-        self._reduce_grad(self._partition_grads)
-        if self._overlap_communication:
-            for store in self.pg_to_bucket_store.values():  # the device waits, where ColossalAI's host would
-                torch.cuda.current_stream().wait_stream(store.comm_stream)
+        whole, self._parts = [], []
+        for working in self._working():
+            grad = torch.zeros_like(working) if working.grad is None else working.grad
+            padding = -grad.numel() % self.processes.world_size
+            whole.append(torch.nn.functional.pad(grad.flatten(), (0, padding)) if padding else grad.flatten())
+            self._parts.append(torch.empty_like(whole[-1][: len(whole[-1]) // self.processes.world_size]))
+        torch._foreach_div_(whole, self.processes.world_size)
+        dist.group.WORLD.reduce_scatter_tensor_coalesced(self._parts, whole).wait()  # all of them as one call
+        for working in self._working():
+            working.grad = None
 
     def step(self, closure=None) -> None:
         raise RuntimeError("this optimizer steps by guarded_step")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._backward_passes = 0
+        self._backward_passes, self._parts = 0, None
         super().zero_grad(set_to_none)
 
     def gradients(self) -> list[Tensor | None]:
         if self.processes.world_size == 1:
             return [working.grad for working in self._working()]
-        return [self.get_working_grad_by_param_id(id(working)) for working in self._working()]
+        return self._parts
 
     def reduce(self, numbers: Tensor) -> None:
         if self.processes.world_size > 1:
@@ -141,6 +164,10 @@ class ReplicatedPlugin(TorchDDPPlugin):
         super().__init__(broadcast_buffers=False)
         self.max_norm, self.processes = max_norm, processes
 
+    def local_gradients(self, model):
+        """Forward and backward passes in here leave gradients to this process: `reduce_gradients` comes afterwards."""
+        return model.module.no_sync()
+
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         optimizer = ReplicatedOptimizer(optimizer, self.max_norm, self.processes)
         return super().configure(model, optimizer, criterion, dataloader, lr_scheduler)
@@ -158,6 +185,10 @@ class ShardedPlugin(LowLevelZeroPlugin):
     def __init__(self, max_norm: float, processes: Processes):
         super().__init__(stage=2, precision="bf16", cast_inputs=False)
         self.max_norm, self.processes = max_norm, processes
+
+    def local_gradients(self, model):
+        """As `ReplicatedPlugin.local_gradients`; here they always stay."""
+        return nullcontext()
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         model = LowLevelZeroModel(model, self.precision, cast_inputs=False)

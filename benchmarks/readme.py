@@ -109,6 +109,35 @@ def optimizer_table(path: Path) -> str:
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.optimizer`"])
 
 
+def train_step_table(path: Path) -> str:
+    """Markdown: a row for each case of the train_step suite, split into the parts of a step."""
+    parts = ("data", "autoencoder", "text encoder")
+    rows = [
+        "| case | step, ms (low to high) | waiting for data | autoencoder | text encoder | transformer "
+        "| optimizer, average | transformer's share | peak GiB |",
+        "| --- " * 9 + "|",
+    ]
+    records = list(latest(path).values())
+    for r in records:
+        own = r["notes"]["parts"]
+        times = [*(own[part] for part in parts), own["forward"] + own["backward"], own["optimizer"]]
+        blocks = r["notes"]["checkpointed_blocks"]
+        case = f"{r['case']}, {blocks} blocks recomputed" if blocks else r["case"]
+        cells = [f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})", *(f"{ms:.1f}" for ms in times)]
+        cells += [f"{r['notes']['transformer_share']:.1%}", f"{r['peak_gib']:.1f}"]
+        rows.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.train_step`"])
+
+
+def loading_table(path: Path) -> str:
+    """Markdown: clips that one core decodes, and that a loader delivers."""
+    rows = ["| what | ms a clip | clips a second | processes |", "| --- " * 4 + "|"]
+    records = list(latest(path).values())
+    for r in records:
+        rows.append(f"| {r['case']} | {r['ms']:.1f} | {r['notes']['clips_per_second']:.1f} | {r['notes']['cores']} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.data`"])
+
+
 def quick_table(path: Path) -> str:
     """Markdown: a row for each case of `pytest benchmarks/ --quick` on a GPU: ours, and its peers in multiples."""
     rows = ["| case | ours, ms | peers, in multiples of ours | of the ceiling |", "| --- | --- | --- | --- |"]

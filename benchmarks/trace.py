@@ -1,7 +1,9 @@
 """A timeline of one training step: what each stream of the GPU runs, by kind, and what the CPU is in.
 
-python -m stdit_fast.benchmarks.train_step --cases 240p-16-17-online --trace step
-python -m stdit_fast.benchmarks.trace step-240p-16-17-online.json --out docs/train_step.png
+    python -m stdit_fast.benchmarks.train_step --cases 240p-16-17-online --trace 240p-16-17-online
+    python -m stdit_fast.benchmarks.trace trace-240p-16-17-online.json --out docs/train_step.png
+
+The first needs a GPU, the second does not.
 """
 
 import argparse

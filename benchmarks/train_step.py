@@ -230,8 +230,9 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
             if i + 1 >= WARMUP + LEAST_STEPS and time.perf_counter() - begun > args.seconds:
                 break
         record(case, kind, trainer, parts, args)
-        if args.trace:
-            profile_step(partial(two_steps, trainer, timed_batches), f"{args.trace}-{case}-{kind}.json")
+        if f"{case}-{kind}" in args.trace:
+            path = Path(args.trace_to) / f"trace-{case}-{kind}.json"
+            profile_step(partial(two_steps, trainer, timed_batches), path)
         for _ in own:  # what is left of this case's batches
             pass
 
@@ -282,11 +283,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=30, help="start no further step of a case after so long")
     parser.add_argument("--workers", type=int, default=12, help="decoding processes")
     parser.add_argument("--small", action="store_true", help="a small model and the embedded encoders")
-    parser.add_argument("--trace", help="write a step's timeline of each case to files that begin so")
+    parser.add_argument("--trace", nargs="*", default=[], metavar="CASE", help="write timelines of two steps of these")
+    parser.add_argument("--trace-to", default=".", help="folder for trace-CASE.json")
     parser.add_argument("--out", help="results file to append to")
     parser.add_argument("overrides", nargs="*", help="further `--key value` of the training, after `--`")
     args = parser.parse_args(arguments)
-    check_cases(args.cases)
+    check_cases([*args.cases, *args.trace])
     buckets = list(dict.fromkeys(case.rpartition("-")[0] for case in args.cases))
     with tempfile.TemporaryDirectory() as scratch, random_t5_where_it_runs():
         scratch = Path(scratch)

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from stdit_fast.benchmarks import data, trace, train_step
+from stdit_fast.benchmarks import data, readme, trace, train_step
 from stdit_fast.errors import ConfigError
 
 
 def test_whole_steps_are_measured_and_drawn(tmp_path):
     command = [sys.executable, "-m", "stdit_fast.benchmarks.train_step", "--small", "--workers", "0", "--steps", "3"]
     command += ["--cases", "144p-1-2-features", "144p-1-2-online", "--out", tmp_path / "steps.jsonl"]
-    command += ["--trace", tmp_path / "step", "--", "--model.hidden_size", "48"]
+    command += ["--trace", "144p-1-2-online", "--trace-to", tmp_path, "--", "--model.hidden_size", "48"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     features, online = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
@@ -27,7 +27,7 @@ def test_whole_steps_are_measured_and_drawn(tmp_path):
     assert features["notes"]["parts"]["autoencoder"] == features["notes"]["parts"]["text encoder"] == 0
     assert online["notes"]["parts"]["autoencoder"] > 0 and online["notes"]["parts"]["text encoder"] > 0
 
-    content = json.loads((tmp_path / "step-144p-1-2-online.json").read_text())
+    content = json.loads((tmp_path / "trace-144p-1-2-online.json").read_text())
     names = [part[0] for part in content["parts"]]
     assert names.count("forward") == names.count("backward") == names.count("autoencoder") == 2
     content["kernels"] = [[7, 4, 0.0, 500.0], [7, 1, 500.0, 900.0], [9, 0, 100.0, 300.0]]
@@ -74,3 +74,24 @@ def test_loading_is_measured(tmp_path, monkeypatch):
     assert (decode["case"], loader["case"]) == ("decode-144x176-144p-16", "loader-144p-16-1-workers-0")
     assert decode["bytes"] == 16 * 144 * 256 * 3 == loader["notes"]["batch_bytes"]
     assert loader["notes"]["clips_per_second"] == pytest.approx(1000 / loader["ms"], rel=0.01)
+
+
+def test_the_tables_of_steps_and_loading(tmp_path):
+    common = {
+        "versions": {"torch": "2.11.0"},
+        "date": "2026-01-01",
+        "device": "a GPU",
+        "ms_low": 90.0,
+        "ms_high": 120.0,
+    }
+    parts = {"data": 1.0, "autoencoder": 20.0, "text encoder": 5.0, "forward": 25.0, "backward": 40.0, "optimizer": 9.0}
+    notes = {"parts": parts, "transformer_share": 0.65, "checkpointed_blocks": 3}
+    step = {"suite": "train_step", "case": "a-1-2-online", "impl": "x", "ms": 100.0, "peak_gib": 50.0, "notes": notes}
+    notes = {"clips_per_second": 20.0, "cores": 4}
+    loading = {"suite": "loading", "case": "loader-a", "impl": "x", "ms": 50.0, "peak_gib": None, "notes": notes}
+    for name, record in (("step", step), ("loading", loading)):
+        (tmp_path / name).write_text(json.dumps(common | record) + "\n")
+    assert "| a-1-2-online, 3 blocks recomputed | 100 (90 to 120) | 1.0 | 20.0 | 5.0 | 65.0 | 9.0 | 65.0% | 50.0 |" in (
+        readme.train_step_table(tmp_path / "step")
+    )
+    assert "| loader-a | 50.0 | 20.0 | 4 |" in readme.loading_table(tmp_path / "loading")

@@ -31,6 +31,7 @@ COLOURS = ("#9a9a9a", "#d1495b", "#6a4c93", "#2a9d8f", "#1d6fb8", "#edae49", "#4
 PARTS = ("data", "autoencoder", "text encoder", "forward", "backward")
 PART_COLOURS = ("#c9c9c9", "#a8ddd5", "#cfe8b5", "#a9cbe8", "#f3c6cb")
 WIDTH, DPI = 14, 110
+NAME_LENGTH = 160
 BINS = 1400  # of the share of time that each kind takes, across the picture
 
 
@@ -40,7 +41,7 @@ def kind_of(name: str) -> int:
 
 
 def profile_step(function: Callable[[], object], path: str | Path) -> None:
-    """Runs a function under the profiler and writes what `draw` needs of it."""
+    """Runs a function under the profiler and writes what `draw` needs of it: names, and [stream, name, start, end]."""
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
@@ -50,16 +51,18 @@ def profile_step(function: Callable[[], object], path: str | Path) -> None:
             torch.cuda.synchronize()
     events = profiler.events()
     begin = min(event.time_range.start for event in events)
-    kernels, parts = [], []
+    kernels, parts, names = [], [], {}
     for event in events:
         times = [round(event.time_range.start - begin, 1), round(event.time_range.end - begin, 1)]
         if event.device_type == torch.autograd.DeviceType.CUDA:
             if event.name not in PARTS:  # the profiler shows ranges on the device too
-                kernels.append([event.device_resource_id, kind_of(event.name), *times])
+                number = names.setdefault(event.name[:NAME_LENGTH], len(names))
+                kernels.append([event.device_resource_id, number, *times])
         elif event.name in PARTS:
             parts.append([event.name, *times])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    content = {"device": device, "torch": torch.__version__, "kernels": kernels, "parts": parts}
+    content = {"device": device, "torch": torch.__version__, "names": list(names), "kernels": kernels}
+    content["parts"] = parts
     with whole_file(Path(path)) as draft:
         draft.write_text(json.dumps(content, separators=(",", ":")))
 
@@ -73,7 +76,8 @@ def draw(content: dict, title: str, path: Path) -> None:
     import numpy as np
     from matplotlib.patches import Patch
 
-    kernels = sorted(content["kernels"], key=lambda kernel: kernel[2])
+    kinds = [kind_of(name) for name in content["names"]]
+    kernels = sorted(([s, kinds[name], *times] for s, name, *times in content["kernels"]), key=lambda kernel: kernel[2])
     streams = sorted({kernel[0] for kernel in kernels}, key=lambda s: -sum(k[3] - k[2] for k in kernels if k[0] == s))
     end = max([k[3] for k in kernels] + [p[2] for p in content["parts"]])
     rows = ["CPU", *(f"stream {number}" for number in streams)]
@@ -91,6 +95,7 @@ def draw(content: dict, title: str, path: Path) -> None:
             timeline.broken_barh(bars, (row - 0.4, 0.8), facecolors=colour, edgecolor="none", rasterized=True)
     timeline.set_yticks(range(len(rows)), rows)
     timeline.invert_yaxis()
+    timeline.set_xlim(0, end / 1000)
     timeline.set_title(title, fontsize=10)
 
     edges, busy = np.linspace(0, end / 1000, BINS + 1), np.zeros((len(KINDS), BINS))

@@ -28,7 +28,7 @@ import stdit_fast.train
 from stdit_fast.benchmarks import plan_model
 from stdit_fast.benchmarks.plan_check import check_run
 from stdit_fast.benchmarks.plan_model import Encoders, Estimate, Network, Sizes, estimate, samples_of_an_epoch
-from stdit_fast.benchmarks.plan_times import BETWEEN_MACHINES, Times
+from stdit_fast.benchmarks.plan_times import BETWEEN_MACHINES, Interval, Times
 from stdit_fast.benchmarks.readme import latest
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.media.files import whole_file
@@ -377,6 +377,30 @@ def _communication(rows: list[Row], args: argparse.Namespace) -> list[str]:
     ]
 
 
+def markdown(gpus: int) -> str:
+    """The shipped recipe's plan as a table for the README, from the shipped tables."""
+    args = arguments_of(["--gpus", str(gpus), "--tables", DEFAULT_GPU])
+    recipe = Recipe.read(args.recipe)
+    rows = plan(recipe, args)
+    lines = [
+        "| phase | days, features | days, online encoders | original's code, computed alike | report | measured |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        report = "-" if r.phase.days is None else f"{r.phase.days:.1f}"
+        days = " | ".join(estimate.days.show() for estimate in (r.features, r.online, r.original))
+        lines.append(f"| {r.phase.name} | {days} | {report} | {r.features.measured:.0%} |")
+    sums = [Interval(*total(rows, which, "days")).show() for which in ("features", "online", "original")]
+    lines.append(f"| in all | {' | '.join(sums)} | {recipe.days:g} | |")
+    devices = " and ".join(dict.fromkeys(r.times.device for r in rows))
+    note = f"{gpus} GPUs; steps of {devices}; the data set's sizes are assumed, communication is modelled at "
+    note += (
+        f"{args.network_gb_s:g} GB/s a GPU. Measured: the share of computing time whose buckets were; the rest follows "
+    )
+    note += "from a fit. Bounds in brackets."
+    return "\n".join([*lines, "", note, "", f"`python -m stdit_fast.benchmarks.plan --gpus {gpus}`"])
+
+
 def as_dict(rows: list[Row], args: argparse.Namespace) -> dict:
     """For --json."""
     return {
@@ -397,7 +421,7 @@ def as_dict(rows: list[Row], args: argparse.Namespace) -> dict:
     }
 
 
-def main(arguments: list[str] | None = None) -> int:
+def arguments_of(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default=str(CONFIGS / "recipe_v1_1.yaml"))
     parser.add_argument("--gpus", type=int, default=64)
@@ -415,7 +439,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write everything to this file, too")
     parser.add_argument("--check", metavar="METRICS", help="hold a training run's metrics.jsonl against its projection")
     parser.add_argument("--table", help="with --check: the bucket table whose times the run should have")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(given)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = arguments_of(arguments)
     try:
         for key in ("gpus", "gpus_per_node", "network_gb_s", "nvlink_gb_s"):
             if not getattr(args, key) > 0:

@@ -11,7 +11,6 @@ from stdit_fast.benchmarks import plan, plan_check, plan_model, plan_times
 from stdit_fast.benchmarks.plan_model import Encoders, Network, Sizes
 from stdit_fast.benchmarks.plan_times import Fit, Interval, Times, work
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.errors import ConfigError
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.buckets import Buckets
 
@@ -38,22 +37,6 @@ def made_up_table(folder, stage="stage1", **more):
     path = folder / f"{stage}.yaml"
     bucket_tables.write(path, table)
     return path
-
-
-def arguments(*more):
-    """What plan.main parses."""
-    seen = {}
-
-    def keep(recipe, args, sizes=None):
-        seen["args"] = args
-        raise ConfigError("stop", "", "")
-
-    original, plan.plan = plan.plan, keep
-    try:
-        plan.main(["--recipe", str(RECIPE), *more])
-    finally:
-        plan.plan = original
-    return seen["args"]
 
 
 def test_the_mix_is_what_assignment_draws():
@@ -180,6 +163,17 @@ def test_what_a_table_lacks_is_extrapolated(tmp_path):
     assert times.of(known).measured and times.of(known).batch_size == 12
 
 
+def test_the_table_for_the_readme(tmp_path, monkeypatch):
+    made_up_table(tmp_path)
+    monkeypatch.setattr(plan, "DEFAULT_GPU", str(tmp_path))
+    lines = plan.markdown(64).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:9]] == [
+        f"| {name}" for name in ("images", "stage 1a", "stage 1b", "stage 1c", "stage 2", "stage 3", "in all")
+    ]
+    assert all(line.count("|") == 7 for line in lines[:9])
+    assert "made-up GPU" in lines[10]
+
+
 def test_the_recipe(tmp_path, capsys):
     """Everything that the plan says of the shipped recipe, on the made-up GPU for stage 1 and the fit elsewhere."""
     made_up_table(tmp_path)
@@ -212,23 +206,23 @@ def test_the_recipe(tmp_path, capsys):
 def test_speeds_of_the_encoders(tmp_path, monkeypatch):
     recipe = plan.Recipe.read(RECIPE)
     monkeypatch.setattr(plan, "RESULTS", tmp_path)
-    assert plan.our_encoders(recipe, arguments()) == recipe.encoders
+    assert plan.our_encoders(recipe, plan.arguments_of([])) == recipe.encoders
     machine = {"device": "G", "versions": {}}
     records = [
         Record("encoders", case, "fused", *[ms] * 3, **machine)
         for case, ms in (("vae-272x240x424", 400.0), ("t5-17-full", 50.0))
     ]
     append(tmp_path / "h100" / "encoders.jsonl", records)
-    found = plan.our_encoders(recipe, arguments())
+    found = plan.our_encoders(recipe, plan.arguments_of([]))
     assert found.pixels_per_second == pytest.approx(272 * 240 * 424 / 0.4)
     assert found.captions_per_second == pytest.approx(17 / 0.05)
-    assert plan.our_encoders(recipe, arguments("--pixels-per-second", "7")).pixels_per_second == 7
+    assert plan.our_encoders(recipe, plan.arguments_of(["--pixels-per-second", "7"])).pixels_per_second == 7
 
 
 def test_the_original_by_the_same_arithmetic():
     """Its projected steps against its configurations' own comments: 1, 7 and 13 s."""
     recipe = plan.Recipe.read(RECIPE)
-    rows = {r.phase.name: r for r in plan.plan(recipe, arguments())}
+    rows = {r.phase.name: r for r in plan.plan(recipe, plan.arguments_of([]))}
     for name, said in (("stage 1b", 1.0), ("stage 1a", 7.0), ("stage 3", 13.0)):
         assert rows[name].original.step_seconds.mid == pytest.approx(said, rel=0.3), name
 

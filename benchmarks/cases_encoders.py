@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.benchmarks.peers import Absent
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.registry import Case
 from stdit_fast.errors import ConfigError
 
@@ -14,15 +15,6 @@ from stdit_fast.errors import ConfigError
 FRAMES, QUICK_FRAMES, CPU_FRAMES = ("96x144x256", "272x240x424"), ("96x144x256",), ("4x144x256",)
 MICRO_BATCH = 16
 CAPTIONS, TOKENS = (6, 17), 200
-SD_AUTOENCODER = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 256,
-}
-T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -42,7 +34,14 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             rounds=5,
         )
     for count in CAPTIONS[:1] if quick else CAPTIONS:
-        yield Case("encoders", f"t5-xxl-{count}x{TOKENS}", {"transformers": partial(prepare_t5, count)}, rounds=5)
+        yield Case(
+            "encoders",
+            f"t5-xxl-{count}x{TOKENS}",
+            {impl: partial(prepare_t5, impl, count) for impl in ("stdit_fast", "transformers")},
+            expected=partial(prepare_t5, "transformers", count),
+            tolerance=4e-2,
+            rounds=5,
+        )
 
 
 def prepare_codec(size: str) -> Callable[[], Tensor]:
@@ -66,13 +65,11 @@ def prepare_minilm(count: int) -> Callable[[], object]:
 
 def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
     """Means of the posterior, scaled; ours as training does it, or diffusers' module alone."""
-    from diffusers import AutoencoderKL
-
     from stdit_fast.encoders.autoencoder import VideoAutoencoder
 
     torch.manual_seed(0)
     with torch.device("cuda"):
-        vae = AutoencoderKL(**SD_AUTOENCODER).bfloat16().eval().requires_grad_(False)
+        vae = random_autoencoder().bfloat16().eval().requires_grad_(False)
     video = _video(size, "cuda", torch.bfloat16)
     if impl == "stdit_fast":
         autoencoder = VideoAutoencoder(vae, MICRO_BATCH).to("cuda", torch.bfloat16)
@@ -89,25 +86,19 @@ def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
     return encode
 
 
-def prepare_t5(count: int) -> Callable[[], Tensor]:
-    """transformers' encoder on whole captions."""
-    from transformers import T5Config, T5EncoderModel
+def prepare_t5(impl: str, count: int) -> Callable[[], Tensor]:
+    """States of whole captions, [count * TOKENS, C]: ours on packed tokens, or transformers' encoder."""
+    from stdit_fast.encoders.fused_t5 import PackedT5
 
-    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-                      tie_word_embeddings=False, **T5_XXL)  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda"):
-            model = T5EncoderModel(config).eval()
-            ids = torch.randint(3, 32000, (count, TOKENS))
-            mask = torch.ones(count, TOKENS, dtype=torch.long)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    model = random_t5(**T5_XXL).eval().requires_grad_(False)
+    ids = torch.randint(3, 32000, (count, TOKENS), generator=torch.Generator().manual_seed(0))
+    on_gpu, mask = ids.cuda(), torch.ones(count, TOKENS, dtype=torch.long, device="cuda")
 
     @torch.no_grad()
     def encode() -> Tensor:
-        return model(input_ids=ids, attention_mask=mask).last_hidden_state
+        if impl == "stdit_fast":
+            return PackedT5(model)(ids.flatten(), [TOKENS] * count)
+        return model(input_ids=on_gpu, attention_mask=mask).last_hidden_state.flatten(0, 1)
 
     return encode
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from stdit_fast.benchmarks.random_encoders import random_t5
 from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
-from stdit_fast.benchmarks.train_run import random_t5, write_tokenizer
+from stdit_fast.benchmarks.train_run import write_tokenizer
 from stdit_fast.train.demo_data import make_demo_data
 from stdit_fast.train.pictures import read_metrics
 
@@ -107,7 +108,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         table = make_demo_data(args.clips, scratch / "data")
-        random_t5(scratch / "t5", d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+        random_t5(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4).save_pretrained(scratch / "t5")
         write_tokenizer(scratch / "t5")
         runs = {name: scratch / name.replace(" ", "_") for name in RUNS}
         with ThreadPoolExecutor() as pool:  # side by side: nothing is timed

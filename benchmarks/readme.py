@@ -138,6 +138,18 @@ def loading_table(path: Path) -> str:
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.data`"])
 
 
+def encoders_table(path: Path) -> str:
+    """Markdown: a row for each case of the encoders suite and each implementation."""
+    rows = [
+        "| case | implementation | ms (low to high) | TFLOP/s | peak GiB beside weights | error to float32 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    records = list(latest(path).values())
+    for r in records:
+        rows.append(f"| {r['case']} | {r['impl']} | {_figures(r)} | {r['notes']['relative_error']:.1%} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.encoders`"])
+
+
 def quick_table(path: Path) -> str:
     """Markdown: a row for each case of `pytest benchmarks/ --quick` on a GPU: ours, and its peers in multiples."""
     rows = ["| case | ours, ms | peers, in multiples of ours | of the ceiling |", "| --- | --- | --- | --- |"]
@@ -186,6 +198,7 @@ def tables() -> dict[str, str]:
         "ops h200": ops_table(results / "ops.jsonl"),
         "attention h200": attention_table(results / "attention.jsonl"),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
+        "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
     }
 

@@ -44,7 +44,7 @@ def measure_encoding(
     device: torch.device,
     *,
     text_tokens: int,
-    vae_frames: int | None,
+    vae_frames: int | str | None,
     say: Callable[[str], None] = lambda line: None,
     encoders=None,
 ) -> EncodingCost:
@@ -52,7 +52,7 @@ def measure_encoding(
 
     Args:
         text_tokens: of each caption, all real.
-        vae_frames: frames that the autoencoder takes at once; None: all of a batch, for which FRAMES stand.
+        vae_frames: frames that the autoencoder takes at once, or "auto"; None: all of a batch, for which FRAMES stand.
         encoders: (autoencoder, text encoder) in place of those of real size.
 
     Raises:
@@ -117,7 +117,7 @@ class _FullCaptions:
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def random_encoders(device: torch.device, dtype: torch.dtype, text_tokens: int, vae_frames: int | None):
+def random_encoders(device: torch.device, dtype: torch.dtype, text_tokens: int, vae_frames: int | str | None):
     """(autoencoder, text encoder) of the sizes of sd-vae-ft and t5-v1_1-xxl with random weights, on `device`."""
     from diffusers import AutoencoderKL
     from transformers import T5Config, T5EncoderModel

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.pictures import loss_curve
@@ -33,7 +34,6 @@ ROWS = (
     ("bikes.mp4", 1, 272, 640, 100),
 )
 
-T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 T5_TOKENS = 32100  # of T5's tokenizer; its model has 32,128
 
 
@@ -58,50 +58,12 @@ def write_table(clips: Path, path: Path) -> None:
 
 def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
     """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl."""
-    random_t5(folder / "t5", **T5_XXL)
-    write_tokenizer(folder / "t5")
-    return random_autoencoder(folder / "vae"), folder / "t5"
-
-
-def random_autoencoder(folder: Path) -> Path:
-    """An autoencoder of sd-vae-ft's size with random weights."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=256,
-    )
-    vae.save_pretrained(folder)
-    return folder
-
-
-def random_t5(folder: Path, **sizes: int) -> None:
-    """Saves `make_random_t5`."""
-    make_random_t5(**sizes).save_pretrained(folder)
+    random_autoencoder().save_pretrained(folder / "vae")
+    random_t5(**T5_XXL).save_pretrained(folder / "t5")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def make_random_t5(**sizes: int):
-    """A T5 encoder of the given sizes with random weights, the same each time, in bfloat16."""
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(
-        vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-        tie_word_embeddings=False, **sizes,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            return T5EncoderModel(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    write_tokenizer(folder / "t5")
+    return folder / "vae", folder / "t5"
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -30,10 +30,11 @@ import torch
 import yaml
 from torch.profiler import record_function
 
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
-from stdit_fast.benchmarks.train_run import T5_XXL, make_random_t5, random_autoencoder, write_tokenizer
+from stdit_fast.benchmarks.train_run import write_tokenizer
 from stdit_fast.errors import ConfigError
 from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
@@ -121,7 +122,7 @@ def random_t5_where_it_runs() -> Iterator[None]:
     from transformers import T5EncoderModel
 
     def made(source, **options):
-        return make_random_t5(**T5_XXL), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+        return random_t5(**T5_XXL), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
     with mock.patch.object(T5EncoderModel, "from_pretrained", made):
         yield
@@ -295,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
         rows = write_table(scratch, buckets)
         vae, text = "patch-codec", "minilm-embeddings"
         if not args.small:
-            vae, text = random_autoencoder(scratch / "vae"), scratch / "t5"
+            vae, text = scratch / "vae", scratch / "t5"
+            random_autoencoder().save_pretrained(vae)
             write_tokenizer(text)
         command = ["--config", str(write_config(scratch, buckets, args.config)), *(SMALL if args.small else [])]
         command += ["--dataset.data_path", str(scratch / "table.csv"), "--dataset.num_workers", str(args.workers)]

@@ -85,3 +85,26 @@ def check(fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dt
         if not error <= allowed:
             failures.append(f"{name}: error {error:.2e}, allowed {allowed:.2e}")
     assert not failures, "; ".join(failures)
+
+
+@torch.no_grad()
+def check_forward(
+    fused: Callable, plain: Callable, inputs: dict[str, Tensor | None], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """`check` for ops without gradients; returns the fused outputs."""
+    inputs = cast(inputs, dtype)
+    rounding = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 0.5)
+
+    def run(function: Callable, given: dict) -> tuple[Tensor, ...]:
+        out = function(**given)
+        return out if isinstance(out, tuple) else (out,)
+
+    exact, theirs = run(plain, cast(inputs, torch.float64)), run(plain, inputs)
+    ours, again = run(fused, inputs), run(fused, inputs)
+    for i, (want, library, got, repeated) in enumerate(zip(exact, theirs, ours, again, strict=True)):
+        assert got.shape == want.shape and got.dtype == library.dtype, f"out{i}: {got.shape} {got.dtype}"
+        assert torch.equal(got, repeated), f"out{i}: differs on repeat"
+        allowed = max(SLACK * relative_error(library, want), rounding)
+        error = relative_error(got, want)
+        assert error <= allowed, f"out{i}: error {error:.2e}, allowed {allowed:.2e}"
+    return ours

@@ -1,3 +1,4 @@
+import copy
 import json
 import time
 from pathlib import Path
@@ -7,8 +8,10 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from stdit_fast.encoders import autoencoder as module
 from stdit_fast.encoders import latent_size, load_autoencoder
 from stdit_fast.encoders.autoencoder import VideoAutoencoder
+from stdit_fast.encoders.fused_autoencoder import FusedEncoder, why_not
 from stdit_fast.encoders.patch_codec import (
     EMBEDDED,
     SHAPES,
@@ -30,12 +33,12 @@ def _few_threads():
     torch.set_num_threads(2)
 
 
-def tiny_autoencoder_kl(levels: int = 4, latent_channels: int = 4, **options) -> AutoencoderKL:
+def tiny_autoencoder_kl(levels: int = 4, latent_channels: int = 4, channels=None, **options) -> AutoencoderKL:
     torch.manual_seed(0)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=(8,) * levels,
+        block_out_channels=channels or (8,) * levels,
         layers_per_block=1,
         latent_channels=latent_channels,
         norm_num_groups=4,
@@ -104,11 +107,21 @@ def test_micro_batches_change_nothing(micro_batch_size):
         torch.testing.assert_close(parts.decode(latents), whole.decode(latents), atol=1e-5, rtol=1e-4)
 
 
-def test_micro_batches_bound_what_the_network_sees():
+def test_micro_batches_bound_what_the_network_sees(monkeypatch):
     autoencoder, seen = VideoAutoencoder(tiny_autoencoder_kl(), 4), []
     autoencoder.vae.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
-    autoencoder.encode(random_video(2, 3, 5, 16, 16))
+    video = random_video(2, 3, 5, 16, 16)
+    latents = autoencoder.encode(video)
     assert seen == [4, 4, 2]
+    # auto: by the size of the frames and of a value
+    monkeypatch.setattr(module, "AUTO_BYTES", 3 * 640 * 16 * 16 * 4)
+    autoencoder.micro_batch_size = "auto"
+    seen.clear()
+    torch.testing.assert_close(autoencoder.encode(video), latents)
+    assert seen == [3, 3, 3, 1]
+    seen.clear()
+    autoencoder.encode(random_video(1, 3, 4, 32, 32))
+    assert seen == [1] * 4
 
 
 def test_frozen_and_without_gradient():
@@ -128,6 +141,60 @@ def test_half_precision_networks_give_float32_latents(saved):
     latents = low.encode(video, torch.zeros(1, 4, 2, 4, 4))
     assert latents.dtype == low.decode(latents).dtype == torch.float32
     torch.testing.assert_close(latents, load_autoencoder(str(saved)).encode(video), atol=0.01, rtol=0.1)
+
+
+ON_GPU = torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16] if ON_GPU else [torch.float32], ids=str)
+def test_the_kernels_give_what_the_library_gives(dtype):
+    """Odd sizes, a widening, attention; the error is no larger than the library's own, times 1.3."""
+    vae = tiny_autoencoder_kl(channels=(16, 16, 32, 32))
+    for parameter in vae.parameters():
+        if parameter.ndim == 1:  # fresh norms and biases do nothing
+            torch.nn.init.normal_(parameter, std=0.5)
+    video = random_video(2, 3, 1, 17, 26)
+    with torch.no_grad():
+        exact = VideoAutoencoder(copy.deepcopy(vae).double(), backend="reference").posterior(video)
+    vae = vae.to("cuda" if ON_GPU else "cpu", dtype)
+    theirs = VideoAutoencoder(vae, backend="reference").posterior(video)
+    ours = VideoAutoencoder(vae, backend="fused").posterior(video)
+    size = exact.norm()
+    errors = [float((got.cpu().double() - exact).norm() / size) for got in (ours, theirs)]
+    assert errors[0] <= max(1.3 * errors[1], 1e-6)
+    if ON_GPU:  # the default there
+        assert torch.equal(VideoAutoencoder(vae).posterior(video), ours)
+
+
+def test_kernels_follow_the_parameters():
+    """What is kept of them in another order is made anew when they change."""
+    vae = tiny_autoencoder_kl(channels=(16,) * 4, mid_block_add_attention=False)
+    encoder, conv = FusedEncoder(vae, fused=False), vae.encoder.down_blocks[0].resnets[0].conv1
+    frames = random_video(1, 3, 8, 8)
+    with torch.no_grad():
+        before = encoder(frames)
+        conv.weight.mul_(3)
+        after = encoder(frames)
+        torch.testing.assert_close(after, vae.quant_conv(vae.encoder(frames)))
+        assert not torch.allclose(before, after)
+        conv.weight.data = conv.weight.data / 3
+        torch.testing.assert_close(encoder(frames), before)
+
+
+def test_what_the_kernels_cannot_serve_is_said():
+    assert "8 channels" in why_not(tiny_autoencoder_kl())
+    vae = tiny_autoencoder_kl(channels=(16,) * 4)
+    vae.enable_tiling()
+    assert "tiling" in why_not(vae)
+    vae = tiny_autoencoder_kl(channels=(16,) * 4, act_fn="relu")
+    assert "ReLU is not known" in why_not(vae)
+    vae = tiny_autoencoder_kl(channels=(16,) * 4)
+    vae.encoder.mid_block.register_forward_hook(lambda *call: None)
+    assert "hooks" in why_not(vae)
+    with pytest.raises(ConfigError, match="autoencoder has no kernel for this call .*8 channels"):
+        VideoAutoencoder(tiny_autoencoder_kl(), backend="fused").encode(random_video(1, 3, 1, 16, 16))
+    with pytest.raises(ConfigError, match="did you mean 'fused'"):
+        VideoAutoencoder(tiny_autoencoder_kl(), backend="fuse")
 
 
 def test_shift_factor_of_newer_autoencoders():
@@ -211,8 +278,9 @@ def test_autoencoders_of_another_geometry_are_refused(tmp_path):
 
 
 def test_micro_batch_size_must_be_positive():
-    with pytest.raises(ConfigError, match="frames at once: 1 or more"):
-        load_autoencoder("patch-codec", micro_batch_size=0)
+    for wrong in (0, "many", 2.5):
+        with pytest.raises(ConfigError, match="frames at once: 1 or more, auto"):
+            load_autoencoder("patch-codec", micro_batch_size=wrong)
 
 
 def test_patch_codec_latents_are_whitened(frames):

@@ -2,6 +2,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from copy import deepcopy as copy_module
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from stdit_fast.encoders import load_text_encoder, text
+from stdit_fast.encoders.fused_t5 import side_by_side, why_not
 from stdit_fast.errors import ConfigError
 
 WORDS = ["a", "big", "rabbit", "in", "the", "meadow", "car", "street", "man", "talks"]
@@ -97,6 +99,67 @@ def test_t5_counts_truncated_captions(folder):
     assert mask.sum(1).tolist() == [8, 8, 2, 8]
     encoder.encode([CAPTIONS[2]])
     assert encoder.truncated == 3
+
+
+ON_GPU = torch.cuda.is_available()
+
+
+def wider_t5(**changes) -> T5EncoderModel:
+    """A T5 that the kernels serve, with weights that matter."""
+    torch.manual_seed(0)
+    options = {"feed_forward_proj": "gated-gelu", "d_kv": 16} | changes
+    model = T5EncoderModel(T5Config(vocab_size=16, d_model=24, d_ff=40, num_layers=2, num_heads=2, **options)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def test_packed_captions_give_what_padded_ones_give(folder):
+    dtype, device = (torch.bfloat16, "cuda") if ON_GPU else (torch.float32, "cpu")
+    tokenizer = load_text_encoder(str(folder)).tokenizer
+    captions = [*CAPTIONS, " ".join(WORDS * 7)]
+    model = wider_t5()
+    exact = text.T5TextEncoder(copy_module(model).double(), tokenizer, 80, "reference").encode(captions)
+    model = model.to(device, dtype)
+    theirs = text.T5TextEncoder(model, tokenizer, 80, "reference").encode(captions)
+    encoder = text.T5TextEncoder(model, tokenizer, 80, "fused")
+    ours = encoder.encode(captions)
+    assert torch.equal(ours.mask, exact.mask) and ours.states.dtype == dtype
+    assert not ours.states[(ours.mask == 0)[:, None].to(device)].any()
+    errors = [float((got.states.cpu().double() - exact.states).norm() / exact.states.norm()) for got in (ours, theirs)]
+    assert errors[0] <= max(1.3 * errors[1], 1e-6)
+    # the parameters are the model's still, and what is laid side by side is its own
+    again = text.T5TextEncoder(model, tokenizer, 80, "reference").encode(captions)
+    assert torch.equal(again.states, theirs.states)
+    assert torch.equal(encoder.encode(captions).states, ours.states)
+
+
+def test_parameters_side_by_side_are_saved_moved_and_found_again(tmp_path):
+    model = wider_t5()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    whole = side_by_side(attention.q, attention.k, attention.v)
+    assert side_by_side(attention.q, attention.k, attention.v).data_ptr() == whole.data_ptr()
+    assert torch.equal(whole, torch.cat([before[f"encoder.block.0.layer.0.SelfAttention.{n}.weight"] for n in "qkv"]))
+    model.save_pretrained(tmp_path)
+    for name, value in T5EncoderModel.from_pretrained(tmp_path).state_dict().items():
+        assert torch.equal(value, before[name]), name
+    moved = model.to(torch.float64)  # each parameter apart again
+    attention = moved.encoder.block[0].layer[0].SelfAttention
+    assert torch.equal(side_by_side(attention.q, attention.k, attention.v), whole.double())
+
+
+def test_t5_that_the_kernels_cannot_serve_is_said(folder):
+    tokenizer = load_text_encoder(str(folder)).tokenizer
+    for changes, reason in (({"feed_forward_proj": "relu"}, "an MLP of relu"), ({"d_kv": 8}, "heads of 8")):
+        with pytest.raises(ConfigError, match=f"text encoder has no kernel for this call .*{reason}"):
+            text.T5TextEncoder(wider_t5(**changes), tokenizer, 20, "fused").encode(CAPTIONS)
+    watched = wider_t5()
+    watched.encoder.block[0].register_forward_pre_hook(lambda *call: None)
+    assert "hooks" in why_not(watched)
+    mixed = wider_t5()
+    mixed.encoder.block[1].layer[1].DenseReluDense.wo.double()
+    assert "several dtypes" in why_not(mixed)
 
 
 def test_t5_is_frozen_and_has_the_dtype_asked_for(folder):

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from stdit_fast.diffusion import SCHEDULES, MaskGenerator
+from stdit_fast.encoders.autoencoder import check_micro_batch_size
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.parallel.processes import launched_processes
@@ -89,11 +90,11 @@ class VaeConfig:
 
     Attributes:
         from_pretrained: path or hub name of a diffusers AutoencoderKL, or "patch-codec", the embedded default.
-        micro_batch_size: frames encoded at once; null: all.
+        micro_batch_size: frames encoded at once; auto: as many as take 2 GiB, by their size; null: all.
     """
 
     from_pretrained: str = "patch-codec"
-    micro_batch_size: int | None = 4
+    micro_batch_size: int | str | None = "auto"
 
 
 @dataclass
@@ -424,8 +425,7 @@ def check(config: TrainConfig) -> None:
     _check_range(config, "lr", 0)
     _check_range(config, "ema_decay", 0, 1)
     _check_range(config, "dataset.max_bad_share", 0, 1)
-    if config.vae.micro_batch_size is not None:
-        _check_range(config, "vae.micro_batch_size", 1)
+    check_micro_batch_size("vae.micro_batch_size", config.vae.micro_batch_size)
     if config.plugin in ("zero2", "zero2-seq") and config.dtype == "fp32":
         remedy = f"{config.plugin} trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp"
         raise ConfigError("dtype", "fp32", remedy)

@@ -53,13 +53,13 @@ class PatchCodec(FrameAutoencoder, SavableModule):
     _keep_in_fp32_modules = list(SHAPES)  # whatever a pipeline is loaded in
 
     @register_to_config
-    def __init__(self, micro_batch_size: int | None = None):
+    def __init__(self, micro_batch_size: int | str | None = None):
         super().__init__(micro_batch_size)
         for name, value in load_file(EMBEDDED).items():
             self.register_buffer(name, value)
 
     @classmethod
-    def from_parameters(cls, parameters: dict[str, Tensor], micro_batch_size: int | None = None) -> "PatchCodec":
+    def from_parameters(cls, parameters: dict[str, Tensor], micro_batch_size: int | str | None = None) -> "PatchCodec":
         """The codec of what `fit_patch_codec` returned."""
         codec = cls(micro_batch_size)
         for name, shape in SHAPES.items():

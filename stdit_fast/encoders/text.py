@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from stdit_fast.encoders.fused_t5 import PackedT5, why_not
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
 from stdit_fast.errors import NODEPS_INSTALL, ConfigError
+from stdit_fast.ops.registry import check_backend, serves
 
 MINILM = "minilm-embeddings"
 
@@ -43,10 +45,18 @@ class T5TextEncoder(nn.Module):
         model: a T5EncoderModel.
         tokenizer: its tokenizer.
         max_length: tokens of a caption, the end token included; longer captions are cut and counted.
+        backend: "auto", "fused" (packed tokens and kernels, `fused_t5.py`) or "reference" (transformers' own forward);
+            see `stdit_fast.ops.registry.use_kernel`.
+
+    Raises:
+        ConfigError: from encoding, with "fused" where the kernels cannot serve, with the reason.
     """
 
-    def __init__(self, model: nn.Module, tokenizer, max_length: int = 200):
+    def __init__(self, model: nn.Module, tokenizer, max_length: int = 200, backend: str = "auto"):
         super().__init__()
+        check_backend(backend, ())
+        self.backend = backend
+        self._packed = PackedT5(model)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.channels = model.config.d_model
@@ -63,15 +73,29 @@ class T5TextEncoder(nn.Module):
         full = (mask.sum(1) == self.max_length).nonzero().flatten().tolist()
         self.truncated += sum(len(self.tokenizer(captions[i], verbose=False).input_ids) > self.max_length for i in full)
 
+        if serves("text encoder", self.backend, why_not(self.model), self.model.device):
+            return TextStates(self._packed_states(ids, mask), mask)
+        return TextStates(self._padded_states(ids, mask), mask)
+
+    def _packed_states(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of the real tokens alone."""
+        places = mask.flatten().nonzero().flatten()
+        hidden = self._packed(ids.flatten()[places], mask.sum(1).tolist())
+        if hidden.is_cuda:
+            places = places.pin_memory().to(hidden.device, non_blocking=True)
+        states = hidden.new_zeros(mask.numel(), self.channels)
+        return states.index_copy_(0, places, hidden).view(len(mask), 1, self.max_length, self.channels)
+
+    def _padded_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         # padding changes nothing before it, so the model runs on the longest caption, in whole tensor-core tiles
         longest = int((mask * torch.arange(1, self.max_length + 1)).max())
         used = min(max(8, -(-longest // 8) * 8), self.max_length)
         device = self.model.device
         hidden = self.model(input_ids=ids[:, :used].to(device), attention_mask=mask[:, :used].to(device))
         hidden = hidden.last_hidden_state * mask[:, :used, None].to(device)
-        states = hidden.new_zeros(len(captions), 1, self.max_length, self.channels)
+        states = hidden.new_zeros(len(mask), 1, self.max_length, self.channels)
         states[:, 0, :used] = hidden
-        return TextStates(states, mask)
+        return states
 
 
 def load_text_encoder(
@@ -80,6 +104,7 @@ def load_text_encoder(
     max_length: int = 200,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
     key: str = "encoders.text_encoder",
 ) -> TextEncoder:
     """The frozen text encoder.
@@ -90,6 +115,7 @@ def load_text_encoder(
         max_length: tokens of a caption, 2 or more.
         device: where it runs.
         dtype: of its parameters and states.
+        backend: of T5, see T5TextEncoder.
         key: the setting that `name_or_path` comes from, as errors shall name it.
 
     Raises:
@@ -107,7 +133,7 @@ def load_text_encoder(
     )
     # a checkpoint of the whole T5 also has the decoder and its head
     require_all_keys(key, name_or_path, info, ignore_unexpected=("decoder.", "lm_head."))
-    return T5TextEncoder(model.to(device), tokenizer, max_length)
+    return T5TextEncoder(model.to(device), tokenizer, max_length, backend)
 
 
 def _load_t5(key: str, name_or_path: str, source: str, local_files_only: bool, dtype: torch.dtype):

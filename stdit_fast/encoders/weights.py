@@ -42,6 +42,14 @@ def load_pretrained(key: str, name_or_path: str, load: Callable[[str, bool], T])
     return _report(key, name_or_path, lambda: load(name_or_path, False))
 
 
+def hooked(module) -> bool:
+    """Whether something is to happen when a module in `module` is called: a hook, or a library that moves weights."""
+    others = ("_hf_hook", "_diffusers_hook")  # of accelerate and diffusers
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or any(map(m.__dict__.__contains__, others)) for m in module.modules()
+    )
+
+
 def require_all_keys(key: str, name_or_path: str, info: Mapping, ignore_unexpected: tuple[str, ...] = ()) -> None:
     """Raise ConfigError unless the weights are exactly the model's parameters.
 

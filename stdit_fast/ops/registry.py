@@ -68,16 +68,20 @@ def use_kernel(op: str, backend: str, x: Tensor, *sizes: int) -> bool:
     Raises:
         ConfigError: "fused" where no kernel can serve the call, with the reason; an unknown backend.
     """
+    return backend != REFERENCE and serves(op, backend, _unserved(x, sizes), x.device)
+
+
+def serves(op: str, backend: str, reason: str, device: torch.device) -> bool:
+    """The same, where `reason` says why the kernel cannot serve the call on `device` (empty: it can)."""
     if backend == REFERENCE:
         return False
-    reason = _unserved(x, sizes)
     if backend == "fused":
         if reason:
             raise ConfigError("backend", backend, f'{op} has no kernel for this call ({reason}); use "auto"')
         return True
     if backend != "auto":
         raise ConfigError("backend", backend, nearest(backend, BACKENDS))
-    return not reason and x.is_cuda
+    return not reason and device.type == "cuda"
 
 
 def _unserved(x: Tensor, sizes: tuple[int, ...]) -> str:

@@ -370,7 +370,7 @@ def in_slices(autoencoder: FrameAutoencoder, code, frames: Tensor, pixels: int) 
         pixels: of a frame.
     """
     before = autoencoder.micro_batch_size
-    count = before or max(1, CODED_PIXELS // pixels)
+    count = before if isinstance(before, int) else max(1, CODED_PIXELS // pixels)
     try:
         while True:
             autoencoder.micro_batch_size = count

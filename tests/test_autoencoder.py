@@ -191,6 +191,12 @@ def test_what_the_kernels_cannot_serve_is_said():
     vae = tiny_autoencoder_kl(channels=(16,) * 4)
     vae.encoder.mid_block.register_forward_hook(lambda *call: None)
     assert "hooks" in why_not(vae)
+    told = VideoAutoencoder(tiny_autoencoder_kl()).served_by()
+    assert "diffusers' own forward (8 channels" in told
+    wide = VideoAutoencoder(tiny_autoencoder_kl(channels=(16,) * 4))
+    assert wide.served_by() == "diffusers' own forward (on cpu)" or ON_GPU
+    assert VideoAutoencoder(wide.vae, backend="reference").served_by().endswith("(backend: reference)")
+    assert PatchCodec().served_by() == "plain PyTorch"
     with pytest.raises(ConfigError, match="autoencoder has no kernel for this call .*8 channels"):
         VideoAutoencoder(tiny_autoencoder_kl(), backend="fused").encode(random_video(1, 3, 1, 16, 16))
     with pytest.raises(ConfigError, match="did you mean 'fused'"):

@@ -154,6 +154,7 @@ def test_t5_that_the_kernels_cannot_serve_is_said(folder):
     for changes, reason in (({"feed_forward_proj": "relu"}, "an MLP of relu"), ({"d_kv": 8}, "heads of 8")):
         with pytest.raises(ConfigError, match=f"text encoder has no kernel for this call .*{reason}"):
             text.T5TextEncoder(wider_t5(**changes), tokenizer, 20, "fused").encode(CAPTIONS)
+    assert "padded (heads of 8" in text.T5TextEncoder(wider_t5(d_kv=8), tokenizer, 20).served_by()
     watched = wider_t5()
     watched.encoder.block[0].register_forward_pre_hook(lambda *call: None)
     assert "hooks" in why_not(watched)

@@ -13,6 +13,7 @@ from stdit_fast.encoders import load_autoencoder, load_text_encoder
 from stdit_fast.errors import ConfigError
 from stdit_fast.model.config import LEGACY_KEYS
 from stdit_fast.model.stdit2 import STDiT2
+from stdit_fast.ops.registry import REFERENCE
 from stdit_fast.parallel.processes import Processes
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.config import TrainConfig, make_buckets, model_config
@@ -110,13 +111,15 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def build_encoders(config: TrainConfig, device: torch.device):
-    """(autoencoder, text encoder), frozen, on `device`."""
+    """(autoencoder, text encoder), frozen, on `device`; on kernels where they can be served, but for a plain model."""
     dtype = encoder_dtype(device)
+    backend = REFERENCE if config.model.backend == REFERENCE else "auto"
     vae = load_autoencoder(
         config.vae.from_pretrained,
         device=device,
         dtype=dtype,
         micro_batch_size=config.vae.micro_batch_size,
+        backend=backend,
         key="vae.from_pretrained",
     )
     text = load_text_encoder(
@@ -124,6 +127,7 @@ def build_encoders(config: TrainConfig, device: torch.device):
         max_length=config.text_encoder.model_max_length,
         device=device,
         dtype=dtype,
+        backend=backend,
         key="text_encoder.from_pretrained",
     )
     if vae.latent_channels != config.model.in_channels:

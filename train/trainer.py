@@ -527,6 +527,9 @@ class Trainer:
             f"{self.processes.world_size} x {self.device.type}, "
             f"{self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
         )
+        if self.vae is not None:
+            encoders = f"autoencoder: {self.vae.served_by()}; text encoder: {self.text_encoder.served_by()}"
+            self.metrics.message(encoders)
         table = size_table(self.config)
         if table is not None:
             self.metrics.message(table.describe())

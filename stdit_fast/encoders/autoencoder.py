@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stdit_fast.encoders.fused_autoencoder import FusedEncoder, why_not
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
 from stdit_fast.errors import ConfigError
-from stdit_fast.ops.registry import check_backend, serves
+from stdit_fast.ops.registry import check_backend, described, serves
 
 LATENT_CHANNELS = 4
 DOWNSAMPLE = 8
@@ -120,6 +120,10 @@ class FrameAutoencoder(nn.Module, ABC):
             step = max(1, AUTO_BYTES // (values * self.dtype.itemsize))
         return [slice(start, start + step) for start in range(0, len(frames), step)]
 
+    def served_by(self) -> str:
+        """What encodes, and why, in words."""
+        return "plain PyTorch"
+
     def _begin_encoding(self) -> None:
         """Called before a video's micro-batches."""
 
@@ -171,6 +175,10 @@ class VideoAutoencoder(FrameAutoencoder):
     @property
     def device(self) -> torch.device:
         return self.vae.encoder.conv_in.weight.device
+
+    def served_by(self) -> str:
+        kernels = "cuDNN's convolutions with channels last, Triton's passes between them"
+        return described(self.backend, why_not(self.vae), self.device, kernels, "diffusers' own forward")
 
     def _begin_encoding(self) -> None:
         self._on_kernels = serves("autoencoder", self.backend, why_not(self.vae), self.device)

@@ -63,6 +63,10 @@ class MiniLMEmbeddings(SavableModule):
         embeddings._take(Tokenizer.from_file(str(Path(path) / kwargs.get("subfolder", "") / TOKENIZER_FILE)))
         return embeddings
 
+    def served_by(self) -> str:
+        """What encodes, in words."""
+        return "a table of embeddings"
+
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextStates:
         """States [B, 1, max_length, channels] and mask [B, max_length] of B captions."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stdit_fast.encoders.fused_t5 import PackedT5, why_not
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
 from stdit_fast.errors import NODEPS_INSTALL, ConfigError
-from stdit_fast.ops.registry import check_backend, serves
+from stdit_fast.ops.registry import check_backend, described, serves
 
 MINILM = "minilm-embeddings"
 
@@ -36,6 +36,8 @@ class TextEncoder(Protocol):
     truncated: int  # captions so far that had more than max_length tokens
 
     def encode(self, captions: Sequence[str]) -> TextStates: ...
+
+    def served_by(self) -> str: ...  # what encodes, and why, in words
 
 
 class T5TextEncoder(nn.Module):
@@ -76,6 +78,13 @@ class T5TextEncoder(nn.Module):
         if serves("text encoder", self.backend, why_not(self.model), self.model.device):
             return TextStates(self._packed_states(ids, mask), mask)
         return TextStates(self._padded_states(ids, mask), mask)
+
+    def served_by(self) -> str:
+        """What encodes, and why, in words."""
+        kernels = "Triton on packed tokens, cuBLAS"
+        return described(
+            self.backend, why_not(self.model), self.model.device, kernels, "transformers' own forward, padded"
+        )
 
     def _packed_states(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of the real tokens alone."""

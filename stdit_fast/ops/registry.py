@@ -84,6 +84,15 @@ def serves(op: str, backend: str, reason: str, device: torch.device) -> bool:
     return not reason and device.type == "cuda"
 
 
+def described(backend: str, reason: str, device: torch.device, kernels: str, plain: str) -> str:
+    """What serves a network for which `serves` is asked, and why, in words: `kernels` or `plain`."""
+    if backend == REFERENCE:
+        return f"{plain} (backend: reference)"
+    if reason or (backend == "auto" and device.type != "cuda"):
+        return f"{plain} ({reason or f'on {device.type}'})"
+    return kernels
+
+
 def _unserved(x: Tensor, sizes: tuple[int, ...]) -> str:
     """Why kernels cannot serve a call, or an empty string."""
     if x.dtype not in _DTYPES:

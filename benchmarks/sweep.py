@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,8 +43,8 @@ from stdit_fast.benchmarks.sweep_model import (
 )
 from stdit_fast.benchmarks.sweep_step import StepMeasurer
 from stdit_fast.errors import ConfigError
+from stdit_fast.model import memory
 from stdit_fast.model.graphs import MAX_TOKENS
-from stdit_fast.model.memory import memory_limit
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.bucket_tables import BucketTable, Entry
 from stdit_fast.train.buckets import Buckets
@@ -130,6 +131,7 @@ class Sweep:
         measure: (shape, batch, checkpointed blocks) -> Probe.
         record: is given each new probe.
         known: probes of an earlier, interrupted sweep.
+        keeps: (bytes held by encoders, shape, batch, recomputed blocks) -> whether the model keeps activations.
         step_seconds: the target for all stages; None: chosen for each.
         encoding: what autoencoder and text encoder add; None: they do not run.
         verify: whether every choice is measured; False: it may follow from what is known of its bucket.
@@ -146,6 +148,7 @@ class Sweep:
         measure: Callable[[Shape, int, int], Probe],
         record: Callable[[Probe], None] = lambda probe: None,
         known: list[Probe] | None = None,
+        keeps: Callable[[float, Shape, int, int], bool] | None = None,
         step_seconds: float | None = None,
         encoding: EncodingCost | None = None,
         verify: bool = True,
@@ -153,8 +156,15 @@ class Sweep:
     ):
         self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
         self.step_seconds, self.encoding, self.verify, self.say = step_seconds, encoding, verify, say
-        self.model = StepModel(conditions.depth, conditions.base, known or [], encoding.seconds if encoding else None)
-        self.budget = conditions.budget - (encoding.held if encoding else 0)
+        held = encoding.held if encoding else 0
+        self.budget = conditions.budget - held
+        self.model = StepModel(
+            conditions.depth,
+            conditions.base,
+            known or [],
+            encoding.seconds if encoding else None,
+            partial(keeps, held) if keeps else None,
+        )
         if encoding and conditions.base + encoding.peak > self.budget:
             remedy = f"encoding takes {encoding.peak / GIB:.1f} GiB beside weights and states; use a smaller number"
             raise ConfigError("vae.micro_batch_size", None, remedy)
@@ -355,6 +365,7 @@ def as_record(probe: Probe, conditions: Conditions, config) -> Record:
             "checkpointed": probe.checkpointed,
             "seconds": [round(s, 5) for s in probe.seconds],
             "out_of_memory": not probe.ran,
+            "keeps_activations": probe.keeps,
             "conditions": _fingerprint(conditions),
         },
     )
@@ -384,7 +395,11 @@ def read_probes(path: Path, conditions: Conditions) -> list[Probe]:
         resolution, *sizes = notes["shape"]
         peak = round((record["peak_gib"] or 0) * GIB)
         shape = Shape(resolution, *sizes)
-        probes.append(Probe(shape, notes["batch"], notes["checkpointed"], tuple(notes["seconds"]), peak))
+        probes.append(
+            Probe(
+                shape, notes["batch"], notes["checkpointed"], tuple(notes["seconds"]), peak, notes["keeps_activations"]
+            )
+        )
     return probes
 
 
@@ -408,7 +423,7 @@ def main(arguments: list[str] | None = None) -> int:
     total = torch.cuda.get_device_properties(device).total_memory
     if args.memory_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
-    limit, ballast = memory_limit(device.index), COMMUNICATION if args.world_size > 1 else 0
+    limit, ballast = memory.memory_limit(device.index), COMMUNICATION if args.world_size > 1 else 0
     model = model_config(first, T5_CHANNELS)
     measurer = StepMeasurer(
         model,
@@ -446,6 +461,7 @@ def main(arguments: list[str] | None = None) -> int:
             measurer,
             record=lambda probe: append(file, [as_record(probe, conditions, model)]),
             known=read_probes(file, conditions),
+            keeps=partial(keeps_activations, model, limit, conditions.base),
             step_seconds=args.step_seconds,
             encoding=encoding if encoders else None,
             verify=args.encoders != "both" or not encoders,
@@ -459,6 +475,15 @@ def main(arguments: list[str] | None = None) -> int:
         write_report(out / f"report{ending}.html", sweep, model)
         _say(f"{sweep.count} probes, {time.perf_counter() - started:.0f} s; tables, measurements and report in {out}")
     return 0
+
+
+def keeps_activations(
+    model, limit: float, base: float, held: float, shape: Shape, batch: int, checkpointed: int
+) -> bool:
+    """Whether the model keeps the MLPs' activations of a batch on a GPU, as it decides itself."""
+    tokens, kept = shape.tokens(batch), memory.KEPT_UNITS + 2 * model.mlp_ratio
+    needed = memory.needed_bytes(2 * model.hidden_size * tokens, model.depth, kept, checkpointed)
+    return needed <= memory.activation_budget(limit, base + held, memory.text_bytes(model, batch))
 
 
 def _say(line: str) -> None:

@@ -38,13 +38,20 @@ class Shape:
 
 @dataclass(frozen=True)
 class Probe:
-    """One measurement. `seconds`: of each repeat; empty where it ran out of memory. `peak`: bytes allocated at most."""
+    """One measurement.
+
+    Attributes:
+        seconds: of each repeat; empty where it ran out of memory.
+        peak: bytes allocated at most.
+        keeps: whether the MLPs' activations were kept, for which there has to be memory.
+    """
 
     shape: Shape
     batch: int
     checkpointed: int
     seconds: tuple[float, ...] = ()
     peak: int = 0
+    keeps: bool = False
 
     @property
     def ran(self) -> bool:
@@ -65,6 +72,7 @@ class Choice:
     seconds: float
     peak: float
     measured: bool = False
+    keeps: bool = False
 
 
 class StepModel:
@@ -75,6 +83,7 @@ class StepModel:
         base: bytes that every step takes: weights, gradients, the optimizer's state.
         probes: what is known; `add` brings more.
         encoding: seconds that encoding adds to a step of so many samples of a shape; None: nothing is encoded.
+        keeps: (shape, batch, recomputed blocks) -> whether the model keeps activations; None: it never does.
     """
 
     def __init__(
@@ -83,8 +92,10 @@ class StepModel:
         base: float,
         probes: Iterable[Probe] = (),
         encoding: Callable[[Shape, int], float] | None = None,
+        keeps: Callable[[Shape, int, int], bool] | None = None,
     ):
         self.depth, self.base, self.encoding = depth, base, encoding
+        self._keeps = keeps or (lambda shape, batch, checkpointed: False)
         self.probes: list[Probe] = list(probes)
         self.time_errors: list[float] = []
         self.memory_errors: list[float] = []
@@ -116,13 +127,14 @@ class StepModel:
         again = of.checkpointed / self.depth
         over_frames = tokens * shape.frames if shape.frames > 1 else 0
         work = [tokens, tokens * shape.positions, over_frames]
-        return [1.0, *work, of.batch, tokens * again, tokens * shape.positions * again]
+        activations = 0 if of.keeps else tokens * (1 - again)  # made again in the backward pass
+        return [1.0, *work, of.batch, tokens * again, tokens * shape.positions * again, activations]
 
     def _memory_terms(self, of: "Probe | Choice") -> list[float]:
         tokens = of.shape.tokens(of.batch)
         # Of checkpointed blocks one at a time is there as a whole.
         kept = max(self.depth - of.checkpointed, 1)
-        return [tokens, tokens * kept, of.batch, of.batch * of.shape.frames]
+        return [tokens, tokens * kept, tokens * kept * of.keeps, of.batch, of.batch * of.shape.frames]
 
     @staticmethod
     def _formula(coefficients: np.ndarray, terms: list[float]) -> float:
@@ -130,11 +142,14 @@ class StepModel:
 
     def seconds(self, shape: Shape, batch: int, checkpointed: int) -> float:
         """Expected seconds of a step; measured ones where there are."""
-        at = Choice(shape, batch, checkpointed, 0, 0)
+        at = self._at(shape, batch, checkpointed)
         seconds, near = self._formula(self.time, self._time_terms(at)), self._nearest(at)
         if near is not None:
             seconds *= near.median / self._formula(self.time, self._time_terms(near))
         return seconds + (self.encoding(shape, batch) if self.encoding else 0.0)
+
+    def _at(self, shape: Shape, batch: int, checkpointed: int) -> Choice:
+        return Choice(shape, batch, checkpointed, 0, 0, keeps=self._keeps(shape, batch, checkpointed))
 
     def find(self, shape: Shape, batch: int, checkpointed: int) -> Probe | None:
         """The probe of that very step."""
@@ -151,7 +166,7 @@ class StepModel:
 
     def peak(self, shape: Shape, batch: int, checkpointed: int) -> float:
         """Expected bytes allocated at most; measured ones where there are; else on the safe side of errors."""
-        at = Choice(shape, batch, checkpointed, 0, 0)
+        at = self._at(shape, batch, checkpointed)
         own = self._by_shape.get(shape, [])
         ran = [p for p in own if p.ran]
         for probe in ran:

@@ -89,8 +89,8 @@ class StepMeasurer:
                 torch.nn.init.normal_(parameter, std=0.02)
         self.model.set_cuda_graphs(on_gpu)
         self.state = StateShard(list(self.model.parameters()), world_size, ema_decay=0.9999)
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        self.base = 2 * weights + 4 * sum(m.numel() * m.element_size() for m in self.state.masters) + ballast
+        self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        self.base = 2 * self.weights + 4 * sum(m.numel() * m.element_size() for m in self.state.masters) + ballast
         self.diffusion = IDDPM()
         self.held = torch.cuda.memory_allocated() if on_gpu else 0
 
@@ -103,14 +103,14 @@ class StepMeasurer:
         probe = Probe(shape, batch, checkpointed)
         try:
             seconds, peak = self._measure(shape, batch, checkpointed)
-            probe = Probe(shape, batch, checkpointed, tuple(seconds), peak)
+            probe = Probe(shape, batch, checkpointed, tuple(seconds), peak, self.model.last_kept_activations)
         except torch.OutOfMemoryError:
             pass  # recovered below, when no frame of the traceback holds tensors any more
         self._recover()
         return probe
 
     def _measure(self, shape: Shape, batch: int, checkpointed: int) -> tuple[list[float], int]:
-        self.model.set_checkpointing(checkpointed)
+        self.model.set_checkpointing(checkpointed, reserve=self.base - self.weights)
         inputs = self._inputs(shape, batch)
         small = shape.tokens(batch) <= 16384 and checkpointed == 0
         warmup = WARMUP_OF_GRAPHS if small and self.device.type == "cuda" else WARMUP

@@ -10,6 +10,7 @@ import torch
 
 from stdit_fast import STDiT2Config
 from stdit_fast.benchmarks import sweep as sweeping
+from stdit_fast.benchmarks import sweep_check
 from stdit_fast.benchmarks.records import append
 from stdit_fast.benchmarks.sweep import Conditions, Stage, Sweep, as_record, read_probes, worst_shapes
 from stdit_fast.benchmarks.sweep_encoders import EncodingCost, measure_encoding
@@ -294,3 +295,63 @@ def test_records_hold_what_a_later_sweep_needs():
     assert line["case"] == "144p-16-6-recomputed-3" and line["impl"] == "step" and line["peak_gib"] == 10
     failed = as_record(Probe(probe.shape, 60, 0), CONDITIONS, STDiT2Config())
     assert failed.ms is None and failed.notes["out_of_memory"]
+
+
+def test_tables_are_checked_by_the_trainer_itself(tmp_path, monkeypatch):
+    """Every bucket of a small table, with stored text and latents; a bucket that runs out of memory is counted."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what the run sets goes again
+        monkeypatch.delenv(name)
+    config = sweeping.read_config(CONFIGS / "tiny.yaml")
+    config.model.hidden_size, config.model.depth, config.grad_checkpoint = 24, 2, "auto"
+    config.text_encoder.model_max_length = 8
+    shapes = list(worst_shapes(config))
+    entries = {
+        (s.resolution, s.frames): bucket_tables.Entry(2, 1, 0.1, 0.1, 0.1, 1.0, s.tokens(2), s.height, s.width)
+        for s in shapes
+    }
+    buckets = sweep_check.Buckets(config.buckets, sweep_check.resolutions_file(config.resolutions), entries)
+    trainer = sweep_check.build_trainer(config, tmp_path, encoders=False)
+    found = sweep_check.check(trainer, shapes, buckets, rounds=2, warmup=1)
+    assert set(found) == set(shapes) and all(len(s) == 2 and min(s) > 0 for s, _ in found.values())
+    assert trainer.step == 3 * len(shapes) and trainer.pieces.count == 0 and trainer.skipped == 0
+    assert trainer.state.model.last_checkpointed == 1, "the table's blocks are recomputed"
+    real = sweep_check.CheckTrainer.losses
+
+    def limited(self, model, batch):
+        if len(batch["samples"]) > 1 and batch["noise"].shape[2] == 1:
+            raise torch.OutOfMemoryError("provoked")
+        return real(self, model, batch)
+
+    monkeypatch.setattr(sweep_check.CheckTrainer, "losses", limited)
+    sweep_check.check(trainer, shapes, buckets, rounds=1, warmup=0)
+    assert trainer.pieces.count == sum(s.frames == 1 for s in shapes)
+    assert f"out of memory {trainer.pieces.count} times" in sweep_check.describe("t", found, 3, trainer.pieces.count)
+
+
+def test_memory_for_activations_is_told_apart():
+    """A GPU that keeps activations where there is room: the fit tells both kinds of steps apart."""
+    limit = CONDITIONS.budget / 0.94
+
+    def keeps(held: float, shape: Shape, batch: int, checkpointed: int) -> bool:
+        return sweeping.keeps_activations(STDiT2Config(), limit, CONDITIONS.base, held, shape, batch, checkpointed)
+
+    class Keeping(FakeGPU):
+        def __call__(self, shape, batch, checkpointed):
+            self.memory, memory = 1e15, self.memory
+            probe = super().__call__(shape, batch, checkpointed)
+            self.memory, kept = memory, keeps(0.0, shape, batch, checkpointed)
+            more = shape.tokens(batch) * max(28 - checkpointed, 1) * 2304 * 4 * kept
+            seconds = tuple(s * (0.97 if kept else 1) for s in probe.seconds)
+            peak = probe.peak + more
+            return Probe(shape, batch, checkpointed, *((seconds, int(peak), kept) if peak <= memory else ()))
+
+    gpu = Keeping()
+    (stage,) = stages("stage1")
+    sweep = Sweep([stage], CONDITIONS, gpu, keeps=keeps)
+    sweep.run()
+    kinds = {p.keeps for p in sweep.model.probes if p.ran}
+    assert kinds == {True, False}
+    assert max(map(abs, sweep.model.memory_errors)) < 0.12
+    for choice in stage.choices.values():
+        assert gpu(choice.shape, choice.batch, choice.checkpointed).peak <= CONDITIONS.budget

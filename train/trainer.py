@@ -21,6 +21,7 @@ from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint, out_of_memory
 from stdit_fast.train.bad_samples import BadSamples
 from stdit_fast.train.build import (
+    Data,
     build_data,
     build_diffusion,
     build_encoders_of,
@@ -68,7 +69,7 @@ class Trainer:
         self.data = build_data(config, self.processes, self.diffusion)
         self.validation = self._build_validation()
         data = [self.data, *([self.validation.data] if self.validation else [])]
-        self.vae, self.text_encoder = build_encoders_of(config, self.device, data)
+        self.vae, self.text_encoder = self._build_encoders(data)
 
         model = build_model(config, self.text_encoder.channels)
         blocks = config.grad_checkpoint
@@ -362,6 +363,10 @@ class Trainer:
             seen = max(busy) * len(busy) / sum(busy) - 1 if sum(busy) else 0.0
             values |= {"imbalance_expected": pending.request.imbalance, "imbalance_seen": seen}
         self.metrics.step(pending.step, values, self.data.buckets[pending.batches[-1][0]].name)
+
+    def _build_encoders(self, data: list[Data]):
+        """(autoencoder, text encoder) as the data needs them."""
+        return build_encoders_of(self.config, self.device, data)
 
     # ------------------------------------------------------------ validation
 

@@ -10,14 +10,14 @@ from stdit_fast.ops import use_kernel
 # What a block keeps for its backward pass, in units of one value per token and channel: the residual stream four
 # times, q, k, v and output of both attentions, q and output of cross attention, the three outputs that gates multiply,
 # and the hidden values of the MLP, mlp_ratio times.
-_KEPT_UNITS = 4 + 4 + 4 + 2 + 3
+KEPT_UNITS = 4 + 4 + 4 + 2 + 3
 # Plain PyTorch keeps much more; measured, in the same units.
 _KEPT_UNITS_REFERENCE = 45
 # At the peak one block's backward pass has its gradients beside what was kept; 18 were seen.
 _WORK_UNITS = 20
 # The allocator cannot use every byte: blocks of many sizes come and go.
 _FRAGMENTATION = 0.04
-_FIXED = 1 << 30  # libraries' workspaces, the text's keys and values, latents
+_FIXED = 1 << 30  # libraries' workspaces, latents
 
 
 def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, planned: int) -> int:
@@ -37,8 +37,7 @@ def room_for_activations(model: nn.Module, tokens: Tensor, planned: int, checkpo
     """Whether the blocks that are not recomputed can keep the activations of their MLPs too; as above."""
     unit = tokens.numel() * tokens.element_size()
     kept = kept_units(model.config, tokens) + model.config.mlp_ratio
-    need = _needed(unit, len(model.blocks), kept, checkpointed)
-    return need <= _budget(model, tokens, planned)
+    return needed_bytes(unit, len(model.blocks), kept, checkpointed) <= _budget(model, tokens, planned)
 
 
 def _budget(model: nn.Module, tokens: Tensor, planned: int) -> float:
@@ -47,7 +46,20 @@ def _budget(model: nn.Module, tokens: Tensor, planned: int) -> float:
     held = max(torch.cuda.memory_allocated(tokens.device), planned)
     if getattr(model, "graphs", None) is not None:
         held += model.graphs.pool_bytes
-    return (1 - _FRAGMENTATION) * memory_limit(tokens.device.index) - held - _FIXED
+    return activation_budget(memory_limit(tokens.device.index), held, text_bytes(model.config, len(tokens)))
+
+
+def activation_budget(limit: float, held: float, text: float) -> float:
+    """Bytes that activations can have of `limit`, where so many are held by weights and states, and taken by text."""
+    return (1 - _FRAGMENTATION) * limit - held - text - _FIXED
+
+
+def text_bytes(config, samples: int) -> int:
+    """Bytes of the text's keys and values for all blocks, in 16 bits, where every caption has all its tokens.
+
+    A step of images was seen to take three quarters of that beside what its tokens take, 19 MB a caption of 200 tokens.
+    """
+    return samples * config.model_max_length * config.depth * 2 * config.hidden_size * 2
 
 
 def blocks_for_budget(budget: float, unit: int, blocks: int, kept: float) -> int:
@@ -56,11 +68,11 @@ def blocks_for_budget(budget: float, unit: int, blocks: int, kept: float) -> int
     Args:
         budget: bytes for activations; `unit`: bytes of one value per token and channel.
     """
-    fitting = (count for count in range(blocks + 1) if _needed(unit, blocks, kept, count) <= budget)
+    fitting = (count for count in range(blocks + 1) if needed_bytes(unit, blocks, kept, count) <= budget)
     return next(fitting, blocks)
 
 
-def _needed(unit: int, blocks: int, kept: float, count: int) -> float:
+def needed_bytes(unit: int, blocks: int, kept: float, count: int) -> float:
     """Bytes at the peak where `count` blocks are recomputed."""
     # The last blocks' backward passes are over, and their memory is free, when the first is recomputed.
     held = max((blocks - count) * kept, kept)
@@ -71,7 +83,7 @@ def kept_units(config, tokens: Tensor) -> float:
     """Units that one block keeps for its backward pass."""
     if not use_kernel("modulated_linear", config.backend, tokens, config.hidden_size):
         return _KEPT_UNITS_REFERENCE
-    return _KEPT_UNITS + config.mlp_ratio
+    return KEPT_UNITS + config.mlp_ratio
 
 
 def training_bytes(model: nn.Module, reserve: int | None) -> int:

@@ -283,6 +283,7 @@ class STDiT2(PreTrainedModel):
         self.memory_reserve: int | None = None
         self._training_bytes: int | None = None  # once a step on a GPU has asked
         self.last_checkpointed = 0
+        self.last_kept_activations = False
         self.graphs: BlockGraphs | None = None
         self.last_graphed = False
         self.switch: FrameSwitch | None = None
@@ -372,7 +373,8 @@ class STDiT2(PreTrainedModel):
             x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C], or its keys and
                 values [M, depth, 2, H, D].
         """
-        cond = Conditioning(layout, rotation, self.switch, self._keeps_activations(x, checkpointed))
+        self.last_kept_activations = self._keeps_activations(x, checkpointed)
+        cond = Conditioning(layout, rotation, self.switch, self.last_kept_activations)
         # A recomputed block's backward pass comes next, so that its activation takes no other block's place.
         recomputed = cond._replace(keep_activation=True)
         # What depends on no block's x is made for all blocks at once: modulation [depth, B, 1 or T, 9, C], and the

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.benchmarks.sweep import T5_CHANNELS, worst_shapes
+from stdit_fast.benchmarks.sweep import T5_CHANNELS, read_config, worst_shapes
 from stdit_fast.benchmarks.sweep_model import GIB, Shape, imbalance, spread
 from stdit_fast.errors import ConfigError
 from stdit_fast.train import bucket_tables

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.sweep_model import Shape
 from stdit_fast.encoders.autoencoder import VideoAutoencoder
 from stdit_fast.encoders.text import T5TextEncoder
@@ -119,27 +120,6 @@ class _FullCaptions:
 
 def random_encoders(device: torch.device, dtype: torch.dtype, text_tokens: int, vae_frames: int | str | None):
     """(autoencoder, text encoder) of the sizes of sd-vae-ft and t5-v1_1-xxl with random weights, on `device`."""
-    from diffusers import AutoencoderKL
-    from transformers import T5Config, T5EncoderModel
-
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            vae = AutoencoderKL(
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                latent_channels=4,
-                sample_size=256,
-            )
-            t5 = T5EncoderModel(
-                T5Config(
-                    vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-                    feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-                    tie_word_embeddings=False,
-                )
-            )  # fmt: skip
-    finally:
-        torch.set_default_dtype(torch.float32)
-    return VideoAutoencoder(vae, vae_frames), T5TextEncoder(t5, _FullCaptions(text_tokens), text_tokens)
+    autoencoder = VideoAutoencoder(random_autoencoder(), vae_frames).to(device, dtype)
+    text = T5TextEncoder(random_t5(**T5_XXL), _FullCaptions(text_tokens), text_tokens).to(device, dtype)
+    return autoencoder, text

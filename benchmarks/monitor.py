@@ -7,8 +7,10 @@
 A thread asks NVML; where there is none, or no GPU, the summary says why and holds nothing else.
 """
 
+import contextlib
 import statistics
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pynvml
@@ -130,6 +132,18 @@ class Monitor:
         if self.absent:
             found["absent"] = self.absent
         return found
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict]:
+    """For a record's notes: {"gpu": summary} of what the body does, filled at its end; nothing without a GPU."""
+    notes: dict = {}
+    if not torch.cuda.is_available():
+        yield notes
+        return
+    with Monitor() as monitor:
+        yield notes
+    notes["gpu"] = monitor.summary()
 
 
 def describe(summary: dict) -> str:

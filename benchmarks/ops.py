@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast import ops
+from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.kernels import gelu
 from stdit_fast.ops.cross_attention import definition as cross_attention_definition
@@ -239,11 +240,13 @@ def main() -> int:
             for impl in args.impl:
                 torch.compiler.reset()
                 plain = torch.compile(case.plain) if impl == "compile" else case.plain
-                for direction, times in measure(case, case.fused if impl == "fused" else plain):
+                with watched() as gpu:
+                    found = list(measure(case, case.fused if impl == "fused" else plain))
+                for direction, times in found:
                     moved = case.bytes(direction == "backward")
                     rate = moved / times[0] * 1e3
                     name = f"{case.name}-{direction}"
-                    notes = {"share_of_copy": round(rate / ceiling, 3), "copy_bytes_per_s": ceiling}
+                    notes = {"share_of_copy": round(rate / ceiling, 3), "copy_bytes_per_s": ceiling} | gpu
                     if args.out:
                         append(args.out, [Record("ops", name, impl, *times, bytes=moved, notes=notes)])
                     print(f"{name:<52}{impl:<11}{times[0]:>9.3f}{times[1]:>9.3f}{times[2]:>9.3f}"

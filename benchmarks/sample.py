@@ -17,6 +17,7 @@ import time
 import torch
 
 from stdit_fast import STDiT2
+from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.benchmarks.step import (
     IMPLEMENTATIONS,
@@ -75,9 +76,10 @@ def run_samples(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -
             out = denoise(predictor, scheduler, noise, num_steps=args.steps, guidance=GUIDANCE)
             assert out.isfinite().all()
 
-        times = timed(sample, args.repeats, warmup=1)
+        with watched() as gpu:
+            times = timed(sample, args.repeats, warmup=1)
     flops = args.steps * prediction_flops(model, frames, height, width, 2 * batch)
-    notes = {"what": "samples", "steps": args.steps, "guidance": GUIDANCE, "depth": args.depth}
+    notes = {"what": "samples", "steps": args.steps, "guidance": GUIDANCE, "depth": args.depth} | gpu
     return Record.of_times("sample", case, impl, times, flops=flops, peak_gib=_peak(), notes=notes)
 
 

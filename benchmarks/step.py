@@ -13,6 +13,7 @@ import time
 import torch
 
 from stdit_fast import STDiT2, STDiT2Config
+from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
 from stdit_fast.train.buckets import Buckets
@@ -158,7 +159,8 @@ def run_case(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -> N
     if impl == "compile":
         torch.compiler.reset()  # each size is compiled for itself
     try:
-        times, peak = measure(model, inputs, args.repeats)
+        with watched() as gpu:
+            times, peak = measure(model, inputs, args.repeats)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         print(f"{case:<14}{impl:<12}{tokens:>8}  out of memory", flush=True)
@@ -167,7 +169,7 @@ def run_case(model: STDiT2, case: str, impl: str, args: argparse.Namespace) -> N
         peak += model.graphs.pool_bytes / 2**30  # what the graphs' own memory holds does not count as allocated
     flops = step_flops(model.config, batch, frames, positions)
     record = Record.of_times("step", case, impl, times, flops=flops, peak_gib=round(peak, 2))
-    record.notes = {"checkpointing": args.checkpointing, "depth": args.depth}
+    record.notes = {"checkpointing": args.checkpointing, "depth": args.depth} | gpu
     if impl == "fused":
         record.notes["cuda_graph"] = model.last_graphed
     if args.checkpointing == "auto":

@@ -90,6 +90,19 @@ def test_monitor_without_nvml_or_with_one_that_goes_away():
     assert summary["looks"] == 1 and "stopped answering: lost" in summary["absent"]
 
 
+def test_what_is_watched_stands_in_the_notes(monkeypatch):
+    with monitor.watched() as notes:
+        pass
+    assert set(notes) == ({"gpu"} if torch.cuda.is_available() else set())
+    nvml = FakeNvml([(1980, 300, 0x04)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(monitor.Monitor, "_find", lambda self: 0)
+    monkeypatch.setattr(monitor.Monitor.__init__, "__defaults__", (0, 10.0, nvml))
+    with monitor.watched() as notes:
+        assert notes == {}
+    assert notes["gpu"]["throttled"] == {"power cap": 1}
+
+
 def test_monitor_looks_while_it_waits():
     nvml = FakeNvml([(1980, 300, 0)])
     with monitor.Monitor(seconds=0.001, nvml=nvml) as found:

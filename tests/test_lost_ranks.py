@@ -5,14 +5,12 @@ import re
 import socket
 import subprocess
 import sys
-import time
+from pathlib import Path
 
-import pytest
 import test_training
 from test_training import arguments, losses, wait_for_step
 
 from stdit_fast.parallel.watchdog import EXIT_STATUS
-from stdit_fast.train import checkpoint
 
 table = test_training.table  # a fixture
 
@@ -23,52 +21,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start(args: list[str], processes: int) -> list[subprocess.Popen]:
-    """A run without a launcher, which would end the other ranks itself."""
-    common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment = os.environ | test_training.EXACT | common
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "stdit_fast.train", *args],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
+def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on(table, tmp_path):
+    """The launcher begins the run anew, from its last checkpoint."""
+    import psutil
 
-
-@pytest.fixture
-def run(table, tmp_path):
-    """run(processes, **changes) -> processes of an endless run that has made its first checkpoint."""
-    started = []
-
-    def make(processes: int, **changes):
-        args = arguments(table, tmp_path, steps=10**6, ckpt_every=2, dead_after=3, **changes)
-        started.extend(start(args, processes))
-        wait_for_step(tmp_path, 3, started[0])
-        return started
-
-    yield make
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
-def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on_with_fewer(run, table, tmp_path):
-    ranks = run(2, sequence_parallel=2)
-    ranks[1].kill()
-    killed = time.monotonic()
-    output, _ = ranks[0].communicate(timeout=60)
-    assert time.monotonic() - killed < 60
-    assert ranks[0].returncode == EXIT_STATUS, output
-    assert re.search(rf"error: rank 1 \(.*, process {ranks[1].pid}\) at step \d+, .* is lost", output), output
-    saved = checkpoint.newest_checkpoint(tmp_path / "checkpoints")
-    step = int(saved.name.removeprefix("step-"))
-    test_training.run(arguments(table, tmp_path, steps=step + 1))
-    assert losses(tmp_path)[-1][0] == step + 1
+    args = arguments(table, tmp_path, steps=40, ckpt_every=2, dead_after=3, sequence_parallel=2)
+    script = Path(__file__).parents[1] / "train" / "launch" / "one_node.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where torchrun is
+    environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "1", "PATH": path}
+    launcher = subprocess.Popen([script, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path, 3, launcher)
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
+    ranks["1"].kill()
+    output, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, output
+    said = (
+        rf"error: rank 1 \(.*, process {ranks['1'].pid}\) at step \d+, .* is lost: its process has ended; rank 0 ends"
+    )
+    assert re.search(said, output), output
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 41))
 
 
 HANGING = """

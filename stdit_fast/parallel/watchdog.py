@@ -162,8 +162,11 @@ class Watchdog:
                 unreachable = None
             except (RuntimeError, OSError) as error:
                 unreachable = unreachable or now
+                # Rank 0 may have kept the store, and may be seen to be gone.
+                verdict = _lost([seen[0]], self.own.machine, now, self.dead_after) if 0 in seen else ""
                 if now - unreachable > self.dead_after:
-                    self._decide(f"rank 0's machine is lost: its key-value store does not answer ({error})")
+                    verdict = verdict or f"rank 0's machine is lost: its key-value store does not answer ({error})"
+                self._decide(verdict)
                 continue
             for place in places:
                 if place.rank not in seen or seen[place.rank][0] != place:

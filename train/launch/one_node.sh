@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Trains on the GPUs of this machine; begins anew from the newest checkpoint where a process is lost.
+#
+#     train/launch/one_node.sh --config train/configs/stage1.yaml --dataset.data_path TABLE.csv --outputs outputs/stage1
+#
+# GPUS: how many (all that are visible); RESTARTS: how often at most (3).
+set -euo pipefail
+
+gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+
+# A store of its own for each start: in the one that all starts share by default, a restarted process finds the addresses
+# of those before it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+exec torchrun --standalone --nproc_per_node "$gpus" --max_restarts "${RESTARTS:-3}" -m stdit_fast.train "$@"

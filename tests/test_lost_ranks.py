@@ -29,7 +29,9 @@ def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on(table, tmp_path)
     script = Path(__file__).parents[1] / "train" / "launch" / "one_node.sh"
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where torchrun is
     environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "1", "PATH": path}
-    launcher = subprocess.Popen([script, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    launcher = subprocess.Popen(
+        [script, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     wait_for_step(tmp_path, 3, launcher)
     ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
     ranks["1"].kill()

@@ -271,7 +271,8 @@ class Trainer:
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
         parts = self.pieces.of(bucket, samples)
         if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
-            self.state.model.set_checkpointing(bucket.checkpointed if len(parts) == 1 else "auto")
+            as_measured = len(parts) == batch["request"].parts == 1
+            self.state.model.set_checkpointing(bucket.checkpointed if as_measured else "auto")
         already_truncated = self.text_encoder.truncated
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for part in parts:

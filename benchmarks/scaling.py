@@ -1,0 +1,328 @@
+"""Training on several GPUs: weak scaling, sequence parallelism, and what ranks wait for. Suite "scaling".
+
+    python -m stdit_fast.benchmarks.scaling mix --ranks 4 --rank 0 --out scaling.jsonl      # one GPU's share, alone
+    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling mix --out scaling.jsonl
+    python -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
+    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
+
+A step is that of training but for the encoders: diffusion loss, backward, reduction of the gradients, the optimizer
+inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, full text.
+
+- mix: the buckets of a training configuration as its sampler deals them, of an assumed set of videos and images. One
+  process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for.
+- long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
+  alone; and a trace of one step, from which follows how long communication runs alone.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.diffusion import IDDPM
+from stdit_fast.parallel import sequence
+from stdit_fast.parallel.processes import Processes, launch
+from stdit_fast.parallel.sequence import FrameSwitch, bounds, part_of
+from stdit_fast.train.buckets import Bucket
+from stdit_fast.train.config import TrainConfig, make_buckets, parse
+from stdit_fast.train.degrees import sequence_sizes
+from stdit_fast.train.sampler import BatchRequest, BucketSampler
+
+TEXT_TOKENS = 200
+LONG = {"height": 720, "width": 1280}
+FRAMES_A_RANK = 16
+# The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
+SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
+VIDEO_FRAMES = 40, 2000
+SAMPLES = 400_000
+
+
+class Training:
+    """What a run has, but for data and encoders."""
+
+    def __init__(self, processes: Processes, sizes: list[int], depth: int):
+        from colossalai.booster import Booster
+
+        from stdit_fast import STDiT2, STDiT2Config
+        from stdit_fast.parallel.sequence_plugins import SequenceReplicatedPlugin, SequenceShardedPlugin
+        from stdit_fast.train.ema import EMA
+
+        self.processes, self.device = processes, processes.device
+        on_gpu = self.device.type == "cuda"
+        torch.manual_seed(0)
+        width = {} if on_gpu else {"hidden_size": 48, "num_heads": 4, "caption_channels": 32}
+        with self.device:
+            model = STDiT2(STDiT2Config(depth=depth, **width)).train()
+        for p in model.parameters():  # zero-initialised layers would be timed on zeros
+            if p.count_nonzero() == 0:
+                torch.nn.init.normal_(p, std=0.02)
+        plugin = (SequenceShardedPlugin if on_gpu else SequenceReplicatedPlugin)(1.0, processes, sizes)
+        self.booster = Booster(plugin=plugin)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=on_gpu)
+        self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
+        self.bare = self.model.unwrap()
+        self.ema = EMA(self.optimizer.masters, 0.9999)
+        self.optimizer.follow(self.ema.averages, self.ema.decay)
+        self.diffusion = IDDPM()
+
+    def step(self, bucket: Bucket, parts: int = 1, part: int = 0) -> tuple[int, float]:
+        """One step on a rank's batch, or its part of one: (its tokens, seconds until its own work was done)."""
+        batch = self._batch(bucket, parts, part)
+        as_measured = bucket.checkpointed is not None and parts == 1
+        self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto")
+        started = self._now()
+        self.forward_backward(bucket, parts, batch)
+        own = self._now() - started
+        self.optimizer.reduce_gradients()
+        self.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=self.device))
+        frames, rows, columns = batch["latents"].shape[2:]
+        return bucket.batch_size * frames * -(-rows // 2) * -(-columns // 2), own
+
+    def forward_backward(self, bucket: Bucket, parts: int, batch: dict) -> None:
+        plugin = self.booster.plugin
+        with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
+            losses = self.diffusion.training_losses(
+                self.model,
+                batch["latents"],
+                batch["timestep"],
+                batch["arguments"],
+                noise=batch["noise"],
+                mask=batch["x_mask"],
+                counted=batch["counted"],
+            )
+            self.optimizer.backward(losses["loss"].mean())
+
+    def _batch(self, bucket: Bucket, parts: int, part: int) -> dict:
+        """Random inputs; every second video has its first frame as a condition."""
+        count, whole = bucket.batch_size, bucket.num_frames
+        frames = part_of(whole, parts, part)
+        mask = torch.ones(count, whole, dtype=torch.bool, device=self.device)
+        mask[::2, 0] = whole == 1
+        one = torch.ones(count, device=self.device)
+        shape = count, 4, frames.stop - frames.start, bucket.height // 8, bucket.width // 8
+        config = self.bare.config
+        dtype = next(self.bare.parameters()).dtype
+        text = torch.randn(count, 1, TEXT_TOKENS, config.caption_channels, dtype=dtype, device=self.device)
+        scalars = {"num_frames": whole, "height": bucket.height, "width": bucket.width, "fps": 8}
+        return {
+            "latents": torch.randn(shape, device=self.device),
+            "noise": torch.randn(shape, device=self.device),
+            "timestep": torch.arange(count, device=self.device) * 7 % 1000,
+            "x_mask": mask[:, frames],
+            "counted": mask.sum(1).float(),
+            "arguments": {
+                "y": text,
+                "mask": torch.ones(count, TEXT_TOKENS, dtype=torch.long),
+                "drop_caption": torch.zeros(count, dtype=torch.bool, device=self.device),
+                "ar": one * bucket.height / bucket.width,
+                **{name: one * value for name, value in scalars.items()},
+            },
+        }
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+# ------------------------------------------------------------------------ mix
+
+
+def assumed_data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(frames, height, width) of the assumed videos and images."""
+    rng = np.random.default_rng(seed)
+    height, width = np.array(SIZES)[rng.integers(len(SIZES), size=SAMPLES)].T
+    frames = np.exp(rng.uniform(*np.log(VIDEO_FRAMES), SAMPLES)).astype(np.int64)
+    return np.where(rng.random(SAMPLES) < 0.5, frames, 1), height, width
+
+
+def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> Record:
+    """Times `args.steps` steps, each rank's batches as the sampler deals them."""
+    ranks = args.ranks or processes.world_size
+    rank = processes.rank if args.rank is None else args.rank
+    buckets = make_buckets(config)
+    degrees = sequence_sizes(config.sequence_parallel, buckets, config.model.hidden_size, ranks)
+    sampler = BucketSampler(*assumed_data(), buckets, seed=0, world_size=ranks, rank=rank, degrees=degrees)
+    requests = _first(iter(sampler), args.steps)
+    training = Training(processes, np.unique(degrees).tolist(), args.depth)
+    for _ in range(args.warmup):  # the same steps: everything is compiled, and memory is where it will be
+        for request in requests:
+            training.step(buckets[request.bucket], request.parts, request.part)
+    seconds, tokens, waited, names = [], 0, 0.0, []
+    if processes.world_size > 1:
+        processes.barrier()
+    for request in requests:
+        bucket = buckets[request.bucket]
+        started = training._now()
+        count, own = training.step(bucket, request.parts, request.part)
+        seconds.append(training._now() - started)
+        tokens += count
+        waited += max(processes.gather_objects(own)) - own if processes.world_size > 1 else 0.0
+        names.append(f"{bucket.name} x {bucket.batch_size}" + (f" / {request.parts}" if request.parts > 1 else ""))
+    total = sum(seconds)
+    impl = f"{ranks} GPUs" if processes.world_size > 1 else f"rank {rank} of {ranks} alone"
+    everyone = processes.gather_objects((tokens, total, waited)) if processes.world_size > 1 else [(tokens, total, 0)]
+    notes = {
+        "tokens_per_second_and_gpu": round(sum(t / s for t, s, _ in everyone) / len(everyone)),
+        "waiting_share": round(sum(w / s for _, s, w in everyone) / len(everyone), 4),
+        "expected_imbalance": round(float(np.mean([r.imbalance for r in requests])), 4),
+        "sequence_parallel": config.sequence_parallel,
+        "bucket_sizes": config.bucket_sizes,
+        "steps": names,
+        "depth": args.depth,
+    }
+    times = [1000 * s for s in seconds]
+    return Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes)
+
+
+def _first(requests: Iterator[BatchRequest], count: int) -> list[BatchRequest]:
+    return [next(requests) for _ in range(count)]
+
+
+# ----------------------------------------------------------------------- long
+
+
+def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
+    """720p at 16 frames a rank: the step, and the all-to-alls of a block alone."""
+    parts = processes.world_size
+    bucket = Bucket("720p", FRAMES_A_RANK * parts, "0.56", args.height, args.width, 1.0, 1)
+    training = Training(processes, [parts], args.depth)
+    case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
+    records = []
+    # Last as it is by default, of which the trace is.
+    for chunks, threshold in ((1, 2**62), (None, sequence.TOKENS_FOR_TWO_CHUNKS)) if parts > 1 else ((None, 0),):
+        sequence.TOKENS_FOR_TWO_CHUNKS = threshold
+        times = []
+        for i in range(args.warmup + args.steps):
+            started = training._now()
+            tokens, _ = training.step(bucket, parts, processes.rank)
+            times += [1000 * (training._now() - started)] if i >= args.warmup else []
+        notes = {
+            "tokens_per_second_and_gpu": round(tokens / np.median(times) * 1000),
+            "tokens_per_gpu": tokens,
+            "sequence_parallel": parts,
+            "depth": args.depth,
+            "checkpointed_blocks": training.bare.last_checkpointed,
+        }
+        peak = torch.cuda.max_memory_allocated() / 2**30 if training.device.type == "cuda" else None
+        impl = f"{parts} GPU{'s' * (parts > 1)}" + (", in one chunk" if chunks else "")
+        records.append(Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes))
+    if parts > 1:
+        if args.trace:
+            records[-1].notes |= trace(training, bucket, Path(args.trace))
+        records.append(all_to_all_alone(training, bucket, case))
+    return records
+
+
+def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
+    """A block's two all-to-alls forward, with the copies before and after, and nothing to hide behind."""
+    group = training.booster.plugin.sequence_groups[training.processes.world_size]
+    frames = part_of(bucket.num_frames, group.size, group.rank)
+    channels = training.bare.config.hidden_size
+    positions = -(-(bucket.height // 8) // 2) * -(-(bucket.width // 8) // 2)
+    dtype = next(training.bare.parameters()).dtype
+    u = torch.randn(1, frames.stop - frames.start, positions, channels, dtype=dtype, device=training.device)
+    switch = FrameSwitch(group, bucket.num_frames, chunks=1)
+    times = []
+    for i in range(3 + 10):
+        training.processes.barrier()
+        started = training._now()
+        switch.there_and_back(u)
+        times += [1000 * (training._now() - started)] if i >= 3 else []
+    own = bounds(positions, group.size)[1] / positions
+    sent = 2 * u.numel() * u.element_size()
+    notes = {"units_a_token": 2, "bytes_to_others": round(sent * (1 - own)), "tokens_per_gpu": u.shape[1] * positions}
+    return Record.of_times(
+        "scaling", case, f"{group.size} GPUs, all-to-alls of a block", times, bytes=sent, notes=notes
+    )
+
+
+def trace(training: Training, bucket: Bucket, path: Path) -> dict:
+    """Profiles one step; rank 0 writes the kernels' intervals to `path`: for each the kind, start and end in ms.
+
+    Returns:
+        Shares of the step, on this rank: communication at all, and while nothing else runs.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    batch = training._batch(bucket, training.processes.world_size, training.processes.rank)
+    training.processes.barrier()
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        training.forward_backward(bucket, training.processes.world_size, batch)
+        training.optimizer.reduce_gradients()
+        training.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=training.device))
+        torch.cuda.synchronize()
+    kernels = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    first = min(e.time_range.start for e in kernels)
+    spans = {"communication": [], "computation": []}
+    for e in kernels:
+        kind = "communication" if "nccl" in e.name.lower() else "computation"
+        spans[kind].append(((e.time_range.start - first) / 1000, (e.time_range.end - first) / 1000))
+    joined = {kind: merged(own) for kind, own in spans.items()}
+    if training.processes.is_main:
+        path.write_text(json.dumps(joined))
+    whole = max(end for own in joined.values() for _, end in own)
+    busy = {kind: sum(end - start for start, end in own) for kind, own in joined.items()}
+    either = sum(end - start for start, end in merged([*joined["communication"], *joined["computation"]]))
+    return {
+        "communication_share": round(busy["communication"] / whole, 4),
+        "communication_alone_share": round((either - busy["computation"]) / whole, 4),
+        "traced_ms": round(whole, 1),
+    }
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Overlapping intervals as one."""
+    out: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["mix", "long"])
+    parser.add_argument("--config", default=str(Path(__file__).parents[1] / "train" / "configs" / "stage2.yaml"))
+    parser.add_argument("--bucket_sizes", default="config", help="as in training: config, auto, or a table")
+    parser.add_argument("--sequence_parallel", default="1", help="as in training, for the mix")
+    parser.add_argument("--ranks", type=int, help="whose batches a process alone takes: of so many ranks")
+    parser.add_argument("--rank", type=int, help="those of this one")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=1, help="rounds of the mix's steps, or steps of the long video")
+    parser.add_argument("--depth", type=int, default=28)
+    parser.add_argument("--height", type=int, default=LONG["height"])
+    parser.add_argument("--width", type=int, default=LONG["width"])
+    parser.add_argument("--trace", help="file for the intervals of one step's kernels")
+    parser.add_argument("--out", help="results file to append to")
+    args = parser.parse_args()
+    processes = launch(seed=0)
+    if args.what == "mix":
+        options = ["--bucket_sizes", args.bucket_sizes, "--sequence_parallel", args.sequence_parallel]
+        config = parse(["--config", args.config, *options], checked=False)
+        config.features.path = "given"  # nothing is encoded, which is what a table has to be measured for
+        records = [mix(processes, config, args)]
+    else:
+        records = long(processes, args)
+    if processes.is_main:
+        for record in records:
+            shown = {k: v for k, v in record.notes.items() if k != "steps"}
+            print(
+                f"{record.case}, {record.impl}: {record.ms:.1f} ms ({record.ms_low:.1f} to {record.ms_high:.1f})", shown
+            )
+        if args.out:
+            append(args.out, records)
+    processes.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -27,8 +27,7 @@ def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on(table, tmp_path)
 
     args = arguments(table, tmp_path, steps=40, ckpt_every=2, dead_after=3, sequence_parallel=2)
     script = Path(__file__).parents[1] / "train" / "launch" / "one_node.sh"
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where torchrun is
-    environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "1", "PATH": path}
+    environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "1", "PYTHON": sys.executable}
     launcher = subprocess.Popen(
         [script, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

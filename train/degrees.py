@@ -20,7 +20,8 @@ def sequence_sizes(setting: int | str | Mapping, buckets: Buckets, channels: int
 
     Args:
         setting: a size for all buckets of at least as many frames, with 1 for the others; {resolution: {frames: size}},
-            with 1 for what is not in it; or "auto": as many as make a batch take about as long as the buckets' median.
+            with 1 for what is not in it; or "auto": as many as make a batch take about as long as the buckets' median,
+            by the times that were measured, if they were.
         channels: of the model.
         world_size: number of processes.
 
@@ -70,7 +71,9 @@ def _from_table(table: Mapping, buckets: Buckets) -> np.ndarray:
 
 
 def _balanced(buckets: Buckets, channels: int, world_size: int) -> np.ndarray:
-    costs = np.array([_cost(bucket, channels) for bucket in buckets])
+    costs = buckets.seconds
+    if costs is None:
+        costs = np.array([_cost(bucket, channels) for bucket in buckets])
     limit = TOLERATED * np.median(costs)
     sizes = np.ones(len(costs), dtype=np.int64)
     for i, bucket in enumerate(buckets):

@@ -3,7 +3,7 @@
 #
 #     train/launch/one_node.sh --config train/configs/stage1.yaml --dataset.data_path TABLE.csv --outputs outputs/stage1
 #
-# GPUS: how many (all that are visible); RESTARTS: how often at most (3).
+# GPUS: how many (all that are visible); RESTARTS: how often at most (3); PYTHON: the interpreter (python3).
 set -euo pipefail
 
 gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
@@ -11,4 +11,4 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 # A store of its own for each start: in the one that all starts share by default, a restarted process finds the addresses
 # of those before it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun --standalone --nproc_per_node "$gpus" --max_restarts "${RESTARTS:-3}" -m stdit_fast.train "$@"
+exec "${PYTHON:-python3}" -m torch.distributed.run --standalone --nproc_per_node "$gpus" --max_restarts "${RESTARTS:-3}" -m stdit_fast.train "$@"

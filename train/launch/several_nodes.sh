@@ -6,7 +6,8 @@
 # HEAD: name or address of one of them, where they find each other; PORT (29500).
 # NODES: how many, or MIN:MAX. With a range the run goes on, from its newest checkpoint, with those that are left when a
 #     machine is lost, and with more when one joins; every number of processes has to suit `sequence_parallel`.
-# GPUS: on each machine (all that are visible); RESTARTS: how often at most (10); RUN: a name, if HEAD serves several runs.
+# GPUS: on each machine (all that are visible); RESTARTS: how often at most (10); PYTHON: the interpreter (python3).
+# RUN: a name, where HEAD serves several runs.
 set -euo pipefail
 
 : "${HEAD:?name one of the machines}" "${NODES:?say how many machines there are}"
@@ -15,6 +16,6 @@ gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
 # A store of its own for each start: in the one that all starts share by default, a restarted process finds the addresses
 # of those before it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun --nnodes "$NODES" --nproc_per_node "$gpus" --max_restarts "${RESTARTS:-10}" \
+exec "${PYTHON:-python3}" -m torch.distributed.run --nnodes "$NODES" --nproc_per_node "$gpus" --max_restarts "${RESTARTS:-10}" \
     --rdzv_backend c10d --rdzv_endpoint "$HEAD:${PORT:-29500}" --rdzv_id "${RUN:-stdit-fast}" \
     -m stdit_fast.train "$@"

@@ -172,6 +172,27 @@ def quick_table(path: Path) -> str:
     return "\n".join([*rows, "", machine, "", "`pytest benchmarks/ --quick --records quick.jsonl`"])
 
 
+def sweep_table(folder: Path) -> str:
+    """Markdown: a row for each table of batch sizes of a GPU."""
+    from stdit_fast.train.bucket_tables import read
+
+    rows = [
+        "| table | s a step | slowest over fastest, less 1 | at best | the config's | waiting | the config's | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    tables = [read(path) for path in sorted(folder.glob("*.yaml"))]
+    for table in tables:
+        seconds = [entry.seconds for entry in table.buckets.values()]
+        even, peak = table.evenness, max(entry.peak_gib for entry in table.buckets.values())
+        rows.append(
+            f"| {table.path.stem} | {min(seconds):.2f} to {max(seconds):.2f} | {even['spread']:.0%} | "
+            f"{even['best_spread']:.0%} | {even['original_spread']:.0%} | {even['waiting']:.0%} | "
+            f"{even['original_waiting']:.0%} | {peak:.0f} |"
+        )
+    records = [{"device": t.device, "versions": t.versions, "date": t.date} for t in tables]
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep`"])
+
+
 def _figures(r: dict) -> str:
     """Time with its spread, rate and memory, as cells."""
     peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"

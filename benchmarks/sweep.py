@@ -35,6 +35,7 @@ from stdit_fast.benchmarks.sweep_model import (
     Probe,
     Shape,
     StepModel,
+    best_spread,
     best_target,
     closest,
     efficiency,
@@ -330,10 +331,43 @@ class Sweep:
             model=of.model,
             text_tokens=of.text_tokens,
             buckets=entries,
+            evenness=self.evenness(stage),
             versions=installed_versions(),
             date=date.today().isoformat(),
             command=command_line(),
         )
+
+    def originals(self, stage: Stage) -> list[tuple[Choice, bool]]:
+        """What is expected of the config's own batch sizes, in the order of the choices, and whether they fit."""
+        found = []
+        for shape in stage.choices:
+            batch, depth = stage.original[shape], self.conditions.depth
+            fitting = self.model.fitting(shape, batch, self.budget)
+            seconds, peak = self.model.seconds(shape, batch, depth), self.model.peak(shape, batch, depth)
+            found.append((fitting or Choice(shape, batch, depth, seconds, peak), fitting is not None))
+        return found
+
+    def evenness(self, stage: Stage) -> dict[str, float]:
+        """How far step times lie apart.
+
+        Returns:
+            spread: slowest bucket over fastest, less 1; best_spread: what whole batch sizes allow near that step time;
+            waiting: slowest over mean, less 1; of_best_rates: `efficiency`; original_spread, original_waiting: with the
+            config's batch sizes; original_too_large: how many of these do not fit.
+        """
+        options = self._options(stage, 1.5 * stage.seconds)
+        seconds = [c.seconds for c in stage.choices.values()]
+        before = self.originals(stage)
+        values = {
+            "spread": spread(seconds),
+            "best_spread": min(spread(seconds), best_spread(options, stage.seconds)),
+            "waiting": imbalance(seconds),
+            "of_best_rates": efficiency(options, list(stage.choices.values())),
+            "original_spread": spread(c.seconds for c, _ in before),
+            "original_waiting": imbalance(c.seconds for c, _ in before),
+            "original_too_large": sum(not fits for _, fits in before),
+        }
+        return {key: round(value, 4) for key, value in values.items()}
 
 
 def summary(stage: Stage) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from stdit_fast.benchmarks.step import step_flops
 from stdit_fast.benchmarks.sweep import Stage, Sweep
-from stdit_fast.benchmarks.sweep_model import GIB, Choice, Shape, best_spread, efficiency, imbalance, spread
+from stdit_fast.benchmarks.sweep_model import GIB, Choice
 from stdit_fast.media.files import whole_file
 
 # Dense bf16 of the tensor cores, in FLOP/s, as NVIDIA states it: of H100 SXM, H800 SXM and H200 alike.
@@ -29,20 +29,13 @@ class Row:
 
 def rows_of(sweep: Sweep, stage: Stage, model_config) -> list[Row]:
     """The buckets of a stage, with the batch sizes that its config states beside those that were chosen."""
+    tokens = sweep.conditions.text_tokens
     rows = []
-    budget, tokens = sweep.budget, sweep.conditions.text_tokens
-    for shape, choice in stage.choices.items():
-        batch = stage.original[shape]
-        fitting = sweep.model.fitting(shape, batch, budget)
-        before = fitting or _all_recomputed(sweep, shape, batch)
+    for choice, (before, fits) in zip(stage.choices.values(), sweep.originals(stage), strict=True):
+        shape = choice.shape
         flops = step_flops(model_config, choice.batch, shape.frames, shape.positions, tokens)
-        rows.append(Row(choice, flops, before, fitting is not None))
+        rows.append(Row(choice, flops, before, fits))
     return rows
-
-
-def _all_recomputed(sweep: Sweep, shape: Shape, batch: int) -> Choice:
-    depth = sweep.conditions.depth
-    return Choice(shape, batch, depth, sweep.model.seconds(shape, batch, depth), sweep.model.peak(shape, batch, depth))
 
 
 def write_report(path: Path, sweep: Sweep, model_config) -> None:
@@ -68,12 +61,11 @@ def write_report(path: Path, sweep: Sweep, model_config) -> None:
 
 def _section(sweep: Sweep, stage: Stage, model_config) -> list[str]:
     rows = rows_of(sweep, stage, model_config)
-    options = {s: sweep.model.options(s, sweep.budget, 1.5 * stage.seconds) for s in stage.shapes}
-    now, then = [r.choice.seconds for r in rows], [r.before.seconds for r in rows]
-    share = efficiency(options, [r.choice for r in rows])
+    even = sweep.evenness(stage)
+    share = even["of_best_rates"]
     lines = [
-        ("slowest bucket over fastest, less 1", spread(then), spread(now), best_spread(options, stage.seconds)),
-        ("slowest over mean, less 1", imbalance(then), imbalance(now), None),
+        ("slowest bucket over fastest, less 1", even["original_spread"], even["spread"], even["best_spread"]),
+        ("slowest over mean, less 1", even["original_waiting"], even["waiting"], None),
     ]
     table = "".join(
         f"<tr><td>{name}<td>{a:.0%}<td>{b:.1%}<td>{'' if c is None else f'{c:.1%}'}" for name, a, b, c in lines

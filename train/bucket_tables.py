@@ -10,6 +10,7 @@ buckets/h100-80gb/stage2.yaml
   step_seconds                       what was aimed at
   model, text_tokens                 sizes that must be those of the run
   versions, date, command            what measured it
+  evenness                           how far step times lie apart, and did with the config's own batch sizes
   buckets: {resolution: {frames: {batch_size, checkpointed, seconds, ...}}}
 """
 
@@ -79,6 +80,7 @@ class BucketTable:
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
     command: str = ""
+    evenness: dict[str, float] = field(default_factory=dict)
     path: Path | None = None
 
     def describe(self) -> str:

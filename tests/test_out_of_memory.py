@@ -3,15 +3,16 @@
 import json
 import math
 import os
+import signal
 import subprocess
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import EXACT, arguments, command, losses, run, table, trainer  # noqa: F401 (fixtures)
+from test_training import EXACT, arguments, command, losses, table, trainer  # noqa: F401 (fixtures)
 
 from stdit_fast.train.buckets import Buckets
-from stdit_fast.train.checkpoint import newest_checkpoint
+from stdit_fast.train.config import parse
 from stdit_fast.train.out_of_memory import Pieces, take
 
 BUCKETS = Buckets({"240p": {16: (1.0, 7)}, "144p": {1: (1.0, 4)}})
@@ -99,9 +100,17 @@ class _FailsWhenHalfWay(torch.autograd.Function):
 @pytest.fixture(scope="module")
 def whole(table, tmp_path_factory):  # noqa: F811
     """A run whose batches fit: its losses and weights."""
+    from stdit_fast.train.trainer import Trainer
+
     outputs = tmp_path_factory.mktemp("whole")
-    run(arguments(table, outputs, **CHANGES))
-    return losses(outputs), load_file(newest_checkpoint(outputs / "checkpoints") / "model" / "model.safetensors")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = set(os.environ)
+    path = Trainer(parse(arguments(table, outputs, **CHANGES))).train()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    for name in set(os.environ) - environment:  # which processes of a later run would take for their own
+        del os.environ[name]
+    return losses(outputs), load_file(path / "model" / "model.safetensors")
 
 
 def test_a_run_that_runs_out_of_memory_is_the_same_to_rounding(trainer, tmp_path, monkeypatch, whole):  # noqa: F811

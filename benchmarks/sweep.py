@@ -56,7 +56,7 @@ MARGIN = 0.06
 # What NCCL and the gradients' buckets on their way take where there are several ranks.
 COMMUNICATION = 1536 << 20
 TRIES = 5  # probes of one bucket until its choice stands
-BETTER = 0.02  # a choice is given up for another that is expected to be better by so much,
+BETTER = 0.03  # a choice is given up for another that is expected to be better by so much,
 BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much
 T5_CHANNELS = 4096
 
@@ -175,8 +175,12 @@ class Sweep:
     def shapes(self) -> list[Shape]:
         return list(dict.fromkeys(shape for stage in self.stages for shape in stage.shapes))
 
-    def run(self) -> None:
-        """Fits, chooses, verifies; every stage then has its target and choices, all of them measured."""
+    def run(self, settled: Callable[[Stage], None] = lambda stage: None) -> None:
+        """Fits, chooses, verifies; every stage then has its target and choices, all of them measured.
+
+        Args:
+            settled: is given each stage as soon as it has.
+        """
         for shape, batch, checkpointed in self._anchors():
             self._probe(shape, batch, checkpointed)
         if self.model.time is None:
@@ -187,6 +191,7 @@ class Sweep:
             self._settle(stage)
             if self.verify and self._choose_target(stage):  # what was measured may speak for another step time
                 self._settle(stage)
+            settled(stage)
 
     # ------------------------------------------------------------------ probes
 
@@ -487,6 +492,7 @@ def main(arguments: list[str] | None = None) -> int:
             vae_frames=first.vae.micro_batch_size,
             say=_say,
         )
+        _say(f"{encoding}")
     for encoders in modes:
         ending = "-encoders" if encoders else ""
         sweep = Sweep(
@@ -501,14 +507,17 @@ def main(arguments: list[str] | None = None) -> int:
             verify=args.encoders != "both" or not encoders,
             say=_say,
         )
-        _say(f"{conditions.device}, {sweep.budget / GIB:.1f} GiB for a step; {len(sweep.model.probes)} probes known")
-        sweep.run()
-        for stage in sweep.stages:
-            bucket_tables.write(out / f"{stage.name}.yaml", sweep.table(stage))
-            _say(summary(stage))
+        known = len(sweep.model.probes)
+        _say(f"{conditions.device}, {sweep.budget / GIB:.1f} of {limit / GIB:.1f} GiB for a step, {known} probes known")
+        sweep.run(partial(_write, out, sweep))
         write_report(out / f"report{ending}.html", sweep, model)
         _say(f"{sweep.count} probes, {time.perf_counter() - started:.0f} s; tables, measurements and report in {out}")
     return 0
+
+
+def _write(folder: Path, sweep: Sweep, stage: Stage) -> None:
+    bucket_tables.write(folder / f"{stage.name}.yaml", sweep.table(stage))
+    _say(summary(stage))
 
 
 def keeps_activations(

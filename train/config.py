@@ -90,7 +90,7 @@ class VaeConfig:
 
     Attributes:
         from_pretrained: path or hub name of a diffusers AutoencoderKL, or "patch-codec", the embedded default.
-        micro_batch_size: frames encoded at once; auto: as many as take 2 GiB, by their size; null: all.
+        micro_batch_size: frames encoded at once; auto: as many as 2 GiB hold, by their size; null: all.
     """
 
     from_pretrained: str = "patch-codec"

@@ -44,7 +44,7 @@ class FrameAutoencoder(nn.Module, ABC):
     """What every autoencoder offers; subclasses encode and decode a batch of frames.
 
     Args:
-        micro_batch_size: frames that go through the network at once; "auto": as many as take 2 GiB, by their size;
+        micro_batch_size: frames that go through the network at once; "auto": as many as 2 GiB hold, by their size;
             None: all of them. It bounds the memory, and does not change the result.
     """
 
@@ -216,7 +216,7 @@ def load_autoencoder(
             its own, or a pipeline's with the autoencoder in the subfolder ``vae``.
         device: where it runs.
         dtype: the network's parameters and activations; the patch codec always runs in float32.
-        micro_batch_size: frames at once, "auto" (what takes 2 GiB), or None: all.
+        micro_batch_size: frames at once, "auto" (what 2 GiB hold), or None: all.
         backend: of an AutoencoderKL's encoder, see VideoAutoencoder.
         key: the setting that `name_or_path` comes from, as errors shall name it.
 

@@ -20,6 +20,7 @@ from stdit_fast import STDiT2
 from stdit_fast.errors import ConfigError
 from stdit_fast.train import checkpoint
 from stdit_fast.train.config import parse
+from stdit_fast.train.encode_ahead import EncodeAhead
 
 CONFIG = Path(__file__).parents[1] / "train" / "configs" / "tiny.yaml"
 SMALL = {
@@ -410,6 +411,32 @@ def test_the_real_encoders_path(trainer, tmp_path):
     assert torch.equal(first, one.losses(one.state.model, batch)["loss"])  # nothing drawn on the way
     changed = one.losses(one.state.model, batch | {"posterior_noise": batch["posterior_noise"] + 1})["loss"]
     assert not torch.equal(first, changed)
+
+
+def test_encoding_ahead_changes_nothing(trainer, monkeypatch):
+    """Not the numbers, not what is counted, not what a resumed run sees; nor does a batch that does not fit ahead."""
+    settings = {"grad_accumulation": 2, "text_encoder.model_max_length": 4, "validation.every": 2, "ckpt_every": 2}
+    plain = trainer("plain", steps=4, **settings)
+    plain.train()
+    ahead, encoded = EncodeAhead._encoded, []
+
+    def some(self, batch):
+        encoded.append(len(encoded) != 1)
+        if not encoded[-1]:
+            raise torch.OutOfMemoryError("the second does not fit")
+        return ahead(self, batch)
+
+    monkeypatch.setattr(EncodeAhead, "_encoded", some)
+    for steps in (3, 4):  # resumed in between, from where it ended
+        one = trainer("ahead", steps=steps, **settings, encode_ahead=True)
+        one.train()
+    assert encoded == [True, False, True, True, True] + [True]  # all but the first of each run
+    assert losses(one.folder) == losses(plain.folder)
+    counts = [
+        [json.loads(line).get("truncated_captions") for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+        for run in (plain, one)
+    ]
+    assert counts[0] == counts[1] and one.truncated == plain.truncated > 0
 
 
 def test_iddpm_speed_trains(trainer):

@@ -32,6 +32,7 @@ from stdit_fast.train.build import (
 from stdit_fast.train.checkpoint import Checkpoints, TrainState
 from stdit_fast.train.config import TrainConfig, size_table, to_dict
 from stdit_fast.train.ema import EMA
+from stdit_fast.train.encode_ahead import EncodeAhead
 from stdit_fast.train.features import pad_texts
 from stdit_fast.train.metrics import Metrics
 from stdit_fast.train.pending import PendingStep, Readback, Stopwatch
@@ -111,6 +112,8 @@ class Trainer:
         self.metrics = self._open_metrics()
         self._announce()
         batches = iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda"))
+        if self.config.encode_ahead and self.vae is not None:
+            batches = EncodeAhead(batches, self.vae, self.text_encoder, self.device)
         try:
             with self.watchdog:
                 while self.step < self.config.steps and not self._stopping:
@@ -139,7 +142,7 @@ class Trainer:
         loss_sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # of loss, mse, vb, weighted
         own = dict.fromkeys(("tokens", "samples", "bad", "waited", "truncated", "out_of_memory"), 0.0)
         micro_batches, bad = [], []
-        for _ in range(self.config.grad_accumulation):
+        for i in range(self.config.grad_accumulation):
             asked = time.perf_counter()
             self.watchdog.at(self.step + 1, watchdog.LOADING)
             batch = next(batches)
@@ -153,6 +156,9 @@ class Trainer:
             micro_batches.append(batch)
             with busy:
                 loss_sums = self._accumulate(micro_batches, loss_sums, own)
+            if isinstance(batches, EncodeAhead) and self._more_to_come(i):
+                self.watchdog.at(self.step + 1, watchdog.LOADING)
+                own["waited"] += batches.look_ahead()
 
         self.watchdog.at(self.step + 1, watchdog.UPDATING, bucket)
         own["told_to_stop"] = float(self._told_to_stop)
@@ -273,6 +279,7 @@ class Trainer:
         if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
             as_measured = len(parts) == batch["request"].parts == 1
             self.state.model.set_checkpointing(bucket.checkpointed if as_measured else "auto")
+        own["truncated"] += batch.get("truncated", 0) / batch["request"].parts  # of one that was encoded ahead
         already_truncated = self.text_encoder.truncated
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         for part in parts:
@@ -512,6 +519,10 @@ class Trainer:
             remedy = f"the plugin {chosen} trains in {precision}; use that or auto"
             raise ConfigError("dtype", self.config.dtype, remedy)
         return chosen
+
+    def _more_to_come(self, micro_batch: int) -> bool:
+        """Whether the run has a batch after this one of the present step."""
+        return self.step + 1 < self.config.steps or micro_batch + 1 < self.config.grad_accumulation
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

@@ -2,10 +2,14 @@
 //
 // A block stays on its multiprocessor and takes a unit of work after another: 64 * Consumers queries of a head. Its
 // first warpgroup feeds the others: one thread has the copy engine bring q, and k and v in tiles of Keys rows through a
-// ring of Stages; three warps normalise q and k where they lie in shared memory, two lanes a row. Each of the other
-// warpgroups has 64 queries: scores by wgmma, both operands in shared memory; softmax in registers; p from registers
-// times v. The next tile's scores are asked for before p v of this one. o leaves through the shared memory that held q,
-// by the copy engine.
+// ring of Stages; three warps normalise k where it lies, or, of many keys, only find the factors that would, by which
+// the scores are multiplied instead; two lanes a row. Each of the other warpgroups has 64 queries, in registers, and
+// normalises them there: scores by wgmma; softmax in registers; p from registers times v. The next tile's scores are asked for before p v of this one.
+//
+// The consumers take turns at asking for products (turns.h): one has them made while the others exponentiate.
+//
+// o leaves by the copy engine through shared memory of its own, 16 rows a warp, and nothing waits for it but the next
+// unit's o: stores queue behind the loads under way, 2,000 cycles and more.
 //
 // The weights of both norms and the scale are folded into q, scores come out in units of log2: 2^(s - max). Where q and
 // k are normalised no score exceeds D times the largest of those factors; if that is small, as with trained weights,
@@ -15,61 +19,120 @@
 // rounding.
 //
 // Tiles: up to 160 keys, as training's small buckets have, what counts is memory: three consumers hold all queries of a
-// sequence, 80 keys a tile waste least (144 = 2 * 80 - 16), and q is in threefold so that loads never wait for a unit's
-// end. Longer: 128 queries by 128 keys or 192 by 96, which take as long a tile, whichever needs fewer tiles.
+// sequence, 80 keys a tile waste least (144 = 80 + 64). Longer: 128 queries by 128 keys or 192 by 96, which take as
+// long a tile, whichever needs fewer tiles. Of a last tile with few keys only a part is multiplied.
 //
-// Packed keys (cross attention over text): a block takes units of one head after each other, as many as make its share
-// of the work, and keeps the head's keys and values in the ring meanwhile.
+// Keys and values of a head stay in the ring for all its units that a block has, if they fit.
+//
+// Packed keys (cross attention over text): they always fit; the order of units is in units.h.
 
 #include <algorithm>
 #include <stdexcept>
+#include <type_traits>
 
 #include "attention/shared.h"
+#include "attention/turns.h"
+#include "attention/units.h"
 #include "stdit/attention.h"
 #include "stdit/attention_tiles.h"
 
 namespace stdit {
 namespace {
 
-template <int D_, int Consumers_, int Keys_, int Stages_, int QueryStages_, bool Packed_ = false>
+template <int D_, int Consumers_, int Keys_, int Stages_, bool Packed_ = false>
 struct Forward {
   static constexpr bool kPacked = Packed_;
-  static constexpr int D = D_, kConsumers = Consumers_, kKeys = Keys_, kStages = Stages_, kQueryStages = QueryStages_;
+  static constexpr int D = D_, kConsumers = Consumers_, kKeys = Keys_, kStages = Stages_, kQueryStages = 2;
   static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kTail = kKeys == 128 || (kKeys == 80 && !kPacked) ? 64 : 48;  // keys of a narrow last tile
   using QueryTile = Tile<D, 64>;
   using KeyTile = Tile<D, kKeys>;
-  static constexpr int kFeederRegisters = kConsumers == 2 ? 72 : kKeys == 128 ? 32 : 56;
+  static constexpr int kFeederRegisters = kConsumers == 2 ? (D > 96 ? 40 : 72) : kPacked || kKeys == 96 ? 32 : 56;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
 
   struct Shared {
     alignas(1024) char q[kQueryStages][kConsumers][QueryTile::kBytes];
+    alignas(1024) char o[kConsumers][QueryTile::kBytes];
     alignas(1024) char k[kStages][KeyTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
-    alignas(16) float weights[D];
+    alignas(16) float k_factors[kStages][kKeys];
+    alignas(16) float weights[Fragments<D>::kColumns];
     int range[2];  // packed: the block's first unit, and the next block's
-    Barrier q_full[kQueryStages], q_ready[kQueryStages], q_empty[kQueryStages];
+    Barrier q_full[kQueryStages], q_empty[kQueryStages];
     Barrier k_full[kStages], v_full[kStages], k_ready[kStages], kv_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= kMostSharedBytes, "what a block can have");
 };
 
+// A run's place among all: which of a head's, the head, the sequence.
+struct RunPlace {
+  int run, head, sequence;
+};
+
+// A unit is `kQueries` queries of a head. A run is some units of a head one after another whose keys and values stay in
+// shared memory, if there are more than one.
 struct ForwardArguments {
-  TileMaps q, k, v, o;
+  TileMaps q, k, v, o;  // o: in boxes of 16 rows
   NormArguments norm;
+  bool rounds_keys;       // normalised keys, in shared memory; else their factors scale the scores
   float score_factor;     // of scores, to units of log2
   const int* key_starts;  // packed keys: [sequences + 1]
   float* lse;
-  int sequences, units, query_blocks, heads, queries, keys;
+  int sequences, heads, queries, keys;
+  int units;          // of a head of a sequence
+  int runs;           // that they are cut into
+  int run_units;      // of a run, at most
+  RunPlace step;      // from a block's run to its next
+  int heads_at_once;  // packed: that neighbouring blocks work on
 };
 
-struct Unit {
-  int first_query, head, sequence;
+// A block's units where sequences have keys of their own: runs, each `step` after the one before.
+struct Runs : Unit {
+  int run, runs, heads, sequences, units, run_units;
+  RunPlace step;
+
+  __device__ __forceinline__ explicit Runs(const ForwardArguments& a)
+      : runs(a.runs), heads(a.heads), sequences(a.sequences), units(a.units), run_units(a.run_units), step(a.step) {
+    const int item = blockIdx.x / runs;
+    run = blockIdx.x - item * runs;
+    sequence = item / heads;
+    head = item - sequence * heads;
+    begin();
+  }
+  __device__ __forceinline__ bool valid() const { return sequence < sequences; }
+  __device__ __forceinline__ void next() {
+    first = false;
+    if (++unit < end) return;
+    run += step.run;
+    head += step.head;
+    sequence += step.sequence;
+    if (run >= runs) {
+      run -= runs;
+      ++head;
+    }
+    if (head >= heads) {
+      head -= heads;
+      ++sequence;
+    }
+    begin();
+  }
+
+ private:
+  __device__ __forceinline__ void begin() {
+    unit = run * run_units;
+    end = min(unit + run_units, units);
+    first = true;
+  }
 };
 
 template <class F>
-__device__ __forceinline__ Unit unit_of(const ForwardArguments& a, int unit) {
-  const int item = unit / a.query_blocks;
-  return {(unit - item * a.query_blocks) * F::kQueries, item % a.heads, item / a.heads};
+__device__ __forceinline__ auto units_of(const ForwardArguments& a, const typename F::Shared& s) {
+  if constexpr (F::kPacked) {
+    return PackedUnits(s.range, a.units, a.heads, a.heads_at_once);
+  } else {
+    return Runs(a);
+  }
 }
 
 template <class F>
@@ -77,44 +140,20 @@ __device__ __forceinline__ KeyRange keys_of(const ForwardArguments& a, const Uni
   return F::kPacked ? KeyRange::packed(a.key_starts, u.sequence) : KeyRange{0, a.keys, u.sequence};
 }
 
-// A block's units, one after another.
-template <class F>
-struct UnitCursor {
-  int at, end;
-
-  __device__ __forceinline__ UnitCursor(const ForwardArguments& a, const typename F::Shared& s)
-      : at(F::kPacked ? s.range[0] : blockIdx.x), end(F::kPacked ? s.range[1] : a.units) {}
-  __device__ __forceinline__ bool valid() const { return at < end; }
-  __device__ __forceinline__ void next() { at += F::kPacked ? 1 : gridDim.x; }
-  // Whether keys and values must be brought for this unit, and whether no unit after it needs them.
-  __device__ __forceinline__ bool brings_keys(const ForwardArguments& a, const typename F::Shared& s) const {
-    return !F::kPacked || at == s.range[0] || at % a.query_blocks == 0;
-  }
-  __device__ __forceinline__ bool leaves_keys(const ForwardArguments& a) const {
-    return !F::kPacked || at + 1 == end || (at + 1) % a.query_blocks == 0;
-  }
-};
-
-template <class F>
-__device__ __forceinline__ int query_tiles(const ForwardArguments& a, const Unit& u) {
-  return min(F::kConsumers, (a.queries - u.first_query + 63) / 64);
-}
-
 template <class F>
 __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::Shared& s) {
   constexpr int D = F::D;
   RingPlace<F::kQueryStages> q;
   RingPlace<F::kStages> kv;
-  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
-    const Unit u = unit_of<F>(a, at.at);
+  for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
+    const int first_query = u.unit * F::kQueries, tiles = min(F::kConsumers, (a.queries - first_query + 63) / 64);
     s.q_empty[q.stage].wait(q.parity ^ 1);
-    const int tiles = query_tiles<F>(a, u);
     s.q_full[q.stage].arrive_and_expect(tiles * F::QueryTile::kLoadBytes);
     for (int w = 0; w < tiles; ++w) {
-      load_tile<D, 64>(a.q, s.q_full[q.stage], s.q[q.stage][w], u.first_query + 64 * w, u.head, u.sequence);
+      load_tile<D, 64>(a.q, s.q_full[q.stage], s.q[q.stage][w], first_query + 64 * w, u.head, u.sequence);
     }
     q.next();
-    if (!at.brings_keys(a, s)) continue;
+    if (!u.first) continue;
     const KeyRange keys = keys_of<F>(a, u);
     for (int key = 0; key < keys.count; key += F::kKeys) {
       s.kv_empty[kv.stage].wait(kv.parity ^ 1);
@@ -127,35 +166,30 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::S
   }
 }
 
+// Normalises k in place, or finds the factors that would.
 template <class F>
 __device__ __forceinline__ void normalise(const ForwardArguments& a, typename F::Shared& s, int warp) {
-  constexpr int D = F::D;
-  const auto ready = [](Barrier& barrier) {
-    fence_async_shared();
-    arrive_warp(barrier);
-  };
   Dealer dealer{warp};
-  RingPlace<F::kQueryStages> q;
   RingPlace<F::kStages> kv;
-  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
-    if (kForRacecheck) s.q_ready[q.stage].wait(q.parity ^ 1);
-    s.q_full[q.stage].wait(q.parity);
-    if (a.norm.folds()) {
-      dealer.deal(4 * query_tiles<F>(a, unit_of<F>(a, at.at)), [&](int group) {
-        scale_rows<D, 64>(s.q[q.stage][group / 4], group % 4 * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
-      });
-    }
-    ready(s.q_ready[q.stage]);
-    q.next();
+  for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
+    if (!u.first) continue;
     for (int key = 0; key < a.keys; key += F::kKeys) {
-      if (kForRacecheck) s.k_ready[kv.stage].wait(kv.parity ^ 1);
+      if (kForRacecheck) {
+        s.k_ready[kv.stage].wait(kv.parity ^ 1);
+        s.kv_empty[kv.stage].wait(kv.parity ^ 1);
+      }
       s.k_full[kv.stage].wait(kv.parity);
       if (a.norm.normalise_k) {
         dealer.deal((min(F::kKeys, a.keys - key) + 15) / 16, [&](int group) {
-          scale_rows<D, F::kKeys>(s.k[kv.stage], group * 16, true, a.norm.epsilon, nullptr);
+          if (a.rounds_keys) {
+            scale_rows<F::D, F::kKeys>(s.k[kv.stage], group * 16, true, a.norm.epsilon, nullptr);
+          } else {
+            row_factors<F::D, F::kKeys>(s.k[kv.stage], group * 16, a.norm.epsilon, s.k_factors[kv.stage]);
+          }
         });
+        fence_async_shared();
       }
-      ready(s.k_ready[kv.stage]);
+      arrive_warp(s.k_ready[kv.stage]);
       kv.next();
     }
   }
@@ -169,7 +203,7 @@ struct RowState {
 
 // The largest of a row's scores of a tile, over the quad of lanes that share it.
 template <int Keys>
-__device__ __forceinline__ float row_max(const float (&s)[Keys / 2], int h) {
+__device__ __forceinline__ float row_max(const float* s, int h) {
   float high = s[2 * h];
 #pragma unroll
   for (int j = 0; j < Keys / 8; ++j) high = fmaxf(high, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
@@ -184,34 +218,52 @@ constexpr float kLargestBound = 64.0f;
 // then what was summed needs no rescaling, and float32 holds 2^8 times as much as well.
 constexpr float kSlack = 8.0f;
 
-// Bounded: scores need no maximum.
+// Bounded: q and k are normalised, and scores need no maximum.
 template <class F, bool Bounded>
 __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::Shared& s, int consumer) {
   constexpr int D = F::D, kKeys = F::kKeys;
+  constexpr std::integral_constant<int, kKeys> whole;
+  constexpr std::integral_constant<int, F::kTail> tail;
   using QueryTile = typename F::QueryTile;
   using KeyTile = typename F::KeyTile;
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  Barrier* const q_ready = F::kPacked ? s.q_full : s.q_ready;
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
   Barrier* const k_ready = F::kPacked ? s.k_full : s.k_ready;
-  RingPlace<F::kQueryStages> q;
-  RingPlace<F::kStages> first;  // of the unit's keys
-  for (UnitCursor<F> at(a, s); at.valid(); at.next()) {
-    const Unit u = unit_of<F>(a, at.at);
-    const int keys = keys_of<F>(a, u).count, tiles = (keys + kKeys - 1) / kKeys;
-    const bool leaves = at.leaves_keys(a);
+  char* const o_tile = s.o[consumer];
+  const bool scales_scores = !F::kPacked && a.norm.normalise_k && !a.rounds_keys;
+  const Turns<F::kConsumers> turns{consumer};
+  RingPlace<F::kQueryStages> q_place;
+  RingPlace<F::kStages> first;  // of the run's keys
+  int keys = 0, tiles = 0;
+  turns.begin();
+  for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
+    if (u.first) {
+      keys = keys_of<F>(a, u).count;
+      tiles = (keys + kKeys - 1) / kKeys;
+    }
+    const bool leaves = u.last();
+    const int first_query = u.unit * F::kQueries + 64 * consumer;
     RingPlace<F::kStages> kv = first;
-    if (u.first_query + 64 * consumer >= a.queries) {  // nothing to do but to let the others' tiles pass
+    s.q_full[q_place.stage].wait(q_place.parity);
+    if (first_query >= a.queries) {  // nothing to do but to let the others' tiles pass
+      arrive_warp(s.q_empty[q_place.stage]);
+      q_place.next();
       for (int tile = 0; tile < tiles; ++tile) {
         k_ready[kv.stage].wait(kv.parity);
-        if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
+        s.v_full[kv.stage].wait(kv.parity);
+        if (leaves) arrive_warp(s.kv_empty[kv.stage]);
         kv.next();
+        turns.take();
+        turns.pass();
       }
-      if (thread == 0) s.q_empty[q.stage].arrive();
-      q.next();
       if (leaves) first = kv;
       continue;
     }
-    char* q_tile = s.q[q.stage][consumer];
+    Fragments<D> q;
+    q.template load<64>(s.q[q_place.stage][consumer], 16 * warp);
+    arrive_warp(s.q_empty[q_place.stage]);
+    q_place.next();
+    if (!F::kPacked && a.norm.folds()) q.scale(a.norm.normalise_q, a.norm.epsilon, s.weights);
+
     float scores[kKeys / 2], o[D / 2];
     uint32_t p[kKeys / 4];
     RowState rows[2];
@@ -219,42 +271,56 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
 
-    const auto q_operand = ColumnsOperand::of<QueryTile>(q_tile);
-    const auto ask_scores = [&](int stage) {
+    // All of these take the width of a tile's products, kKeys or kTail.
+    const auto ask_scores = [&](auto width, int stage) {
+      constexpr int N = decltype(width)::value;
+      hold(q.x);
       wgmma_fence();
-      multiply_columns<kKeys, QueryTile, KeyTile>(scores, q_operand, ColumnsOperand::of<KeyTile>(s.k[stage]));
+      multiply_columns<N, KeyTile>(front<N / 2>(scores), q.x, ColumnsOperand::of<KeyTile>(s.k[stage]));
       wgmma_commit();
     };
     // The product of the packed p with the values of a stage, on top of o.
-    const auto ask_values = [&](const RingPlace<F::kStages>& place) {
-      s.v_full[place.stage].wait(place.parity);
-      const auto v_operand = RowsOperand::of<KeyTile>(s.v[place.stage]);
-      hold(p);
+    const auto ask_values = [&](auto width, int stage) {
+      constexpr int N = decltype(width)::value;
+      const auto v_operand = RowsOperand::of<KeyTile>(s.v[stage]);
+      hold(front<N / 4>(p));
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {
-        multiply_rows<KeyTile, kMajorK>(o, p + 4 * i, v_operand, 16 * i);
-      }
+      for (int i = 0; i < N / 16; ++i) multiply_rows<KeyTile, kMajorK>(o, p + 4 * i, v_operand, 16 * i);
       wgmma_commit();
     };
     // Scores become exponentials. Answers whether what was summed before has to be multiplied by `factors`.
     float factors[2];
-    const auto exponentiate = [&](int tile) {
+    const auto exponentiate = [&](auto width, int tile, int stage) {
+      constexpr int N = decltype(width)::value;
+      hold(front<N / 2>(scores));
+      if (scales_scores) {
+        const float2* k_factors = reinterpret_cast<const float2*>(s.k_factors[stage]) + lane % 4;
+#pragma unroll
+        for (int i = 0; i < N / 8; ++i) {
+          const float2 factor = k_factors[4 * i];
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            scores[4 * i + 2 * h] *= factor.x;
+            scores[4 * i + 2 * h + 1] *= factor.y;
+          }
+        }
+      }
       if (tile == tiles - 1) {  // keys that are not there
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
+        for (int i = 0; i < N / 2; ++i) {
           if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) scores[i] = -INFINITY;
         }
       }
       if (Bounded) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
+        for (int i = 0; i < N / 2; ++i) {
           scores[i] = exp2_approx(scores[i]);
           rows[(i / 2) % 2].sum += scores[i];
         }
         return false;
       }
-      const float high[2] = {row_max<kKeys>(scores, 0) * a.score_factor, row_max<kKeys>(scores, 1) * a.score_factor};
+      const float high[2] = {row_max<N>(scores, 0) * a.score_factor, row_max<N>(scores, 1) * a.score_factor};
       const bool rescale = __any_sync(~0u, high[0] > rows[0].max + kSlack || high[1] > rows[1].max + kSlack);
       if (rescale) {
 #pragma unroll
@@ -266,74 +332,100 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
         }
       }
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
+      for (int i = 0; i < N / 2; ++i) {
         scores[i] = exp2_approx(fmaf(scores[i], a.score_factor, -rows[(i / 2) % 2].max));
         rows[(i / 2) % 2].sum += scores[i];
       }
       return rescale;
     };
-    const auto pack_scores = [&] {
+    const auto pack_scores = [&](auto width) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
+      for (int i = 0; i < decltype(width)::value / 4; ++i) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
     };
-
-    q_ready[q.stage].wait(q.parity);
-    k_ready[kv.stage].wait(kv.parity);
-    ask_scores(kv.stage);
-    wgmma_wait<0>();
-    hold(scores);
-    exponentiate(0);
-    pack_scores();
-    for (int tile = 1; tile < tiles; ++tile) {
+    const auto begin = [&](auto width) {
+      k_ready[kv.stage].wait(kv.parity);
+      turns.take();
+      ask_scores(width, kv.stage);
+      turns.pass();
+      wgmma_wait<0>();
+      exponentiate(width, 0, kv.stage);
+      pack_scores(width);
+    };
+    const auto step = [&](auto width, int tile) {
       const RingPlace<F::kStages> before = kv;
       kv.next();
+      s.v_full[before.stage].wait(before.parity);
       k_ready[kv.stage].wait(kv.parity);
-      ask_scores(kv.stage);
-      ask_values(before);
+      turns.take();
+      ask_scores(width, kv.stage);
+      ask_values(whole, before.stage);
+      turns.pass();
       wgmma_wait<1>();
-      hold(scores);
-      const bool rescale = exponentiate(tile);
+      const bool rescale = exponentiate(width, tile, kv.stage);
       wgmma_wait<0>();
       hold(o);
-      if (thread == 0 && leaves) s.kv_empty[before.stage].arrive();
+      if (leaves) arrive_warp(s.kv_empty[before.stage]);
       if (rescale) {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) o[i] *= factors[(i / 2) % 2];
       }
-      pack_scores();
-    }
-    ask_values(kv);
-    wgmma_wait<0>();
-    hold(o);
-    if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
-    kv.next();
-    if (leaves) first = kv;
+      pack_scores(width);
+    };
 
-    float inverse[2];
+    const bool narrow = keys - (tiles - 1) * kKeys <= F::kTail;  // the last tile
+    if (tiles == 1 && narrow) {
+      begin(tail);
+    } else {
+      begin(whole);
+    }
+    for (int tile = 1; tile < tiles - 1; ++tile) step(whole, tile);
+    if (tiles > 1) {
+      if (narrow) {
+        step(tail, tiles - 1);
+      } else {
+        step(whole, tiles - 1);
+      }
+    }
+    s.v_full[kv.stage].wait(kv.parity);
+    if (narrow) {
+      ask_values(tail, kv.stage);
+    } else {
+      ask_values(whole, kv.stage);
+    }
+    if (lane == 0) wait_stores_read<0>();  // of the o before
+    __syncwarp();
+    float inverse[2], lse[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = rows[h].sum;
       sum += __shfl_xor_sync(~0u, sum, 1);
       sum += __shfl_xor_sync(~0u, sum, 2);
-      inverse[h] = 1.0f / sum;
-      const int query = u.first_query + 64 * consumer + 16 * warp + lane / 4 + 8 * h;
-      if (lane % 4 == 0 && query < a.queries) {
-        const int64_t row = static_cast<int64_t>(u.sequence) * a.heads + u.head;
-        a.lse[row * a.queries + query] = (rows[h].max + log2f(sum)) * kLn2;
+      inverse[h] = __fdividef(1.0f, sum);
+      lse[h] = (rows[h].max + __log2f(sum)) * kLn2;
+    }
+    wgmma_wait<0>();
+    hold(o);
+    if (leaves) arrive_warp(s.kv_empty[kv.stage]);
+    kv.next();
+    if (leaves) first = kv;
+    store_accumulators<D, 64>(o_tile, 16 * warp, o, inverse[0], inverse[1]);
+    fence_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+      store_rows<D, 64>(a.o, o_tile, 16 * warp, first_query + 16 * warp, u.head, u.sequence);
+      commit_stores();
+    }
+    if (lane % 4 == 0) {  // not before the fence, which would wait until this has been written
+      const int64_t item = static_cast<int64_t>(u.sequence) * a.heads + u.head;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int query = first_query + 16 * warp + lane / 4 + 8 * h;
+        if (query < a.queries) a.lse[item * a.queries + query] = lse[h];
       }
     }
-    sync_threads(1 + consumer, 128);  // all warps have read their q
-    store_accumulators<D, 64>(q_tile, 16 * warp, o, inverse[0], inverse[1]);
-    fence_async_shared();
-    sync_threads(1 + consumer, 128);
-    if (thread == 0) {
-      store_tile<D, 64>(a.o, q_tile, u.first_query + 64 * consumer, u.head, u.sequence);
-      commit_stores();
-      wait_stores_read<0>();
-      s.q_empty[q.stage].arrive();
-    }
-    q.next();
   }
+  turns.end();
+  if (lane == 0) wait_stores_read<0>();
 }
 
 // The largest magnitude of some values, the same for all threads of a warp.
@@ -351,24 +443,21 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
   if (threadIdx.x == 0) {
     for (int i = 0; i < F::kQueryStages; ++i) {
       s.q_full[i].init(1);
-      s.q_ready[i].init(kNormalisers * kWarpArrivals);
-      s.q_empty[i].init(F::kConsumers);
+      s.q_empty[i].init(4 * F::kConsumers * kWarpArrivals);
     }
     for (int i = 0; i < F::kStages; ++i) {
       s.k_full[i].init(1);
       s.v_full[i].init(1);
       s.k_ready[i].init(kNormalisers * kWarpArrivals);
-      s.kv_empty[i].init(F::kConsumers);
+      s.kv_empty[i].init(4 * F::kConsumers * kWarpArrivals);
     }
     fence_barrier_init();
   }
-  for (int i = threadIdx.x; i < F::D; i += F::kThreads) s.weights[i] = a.norm.weight(i) * a.norm.scale * kLog2E;
-  if (F::kPacked && threadIdx.x < 64) {  // a unit costs what its keys' tiles cost, and as much as one for its queries
-    const int units = a.heads * a.query_blocks, part = blockIdx.x + threadIdx.x / 32;
-    const Place place = place_of(
-        part, gridDim.x, a.sequences, [&](int) { return units; },
-        [&](int sequence) { return (KeyRange::packed(a.key_starts, sequence).count + F::kKeys - 1) / F::kKeys + 1; });
-    if (threadIdx.x % 32 == 0) s.range[threadIdx.x / 32] = place.sequence * units + place.unit;
+  for (int i = threadIdx.x; i < Fragments<F::D>::kColumns; i += F::kThreads) {
+    s.weights[i] = i < F::D ? a.norm.weight(i) * a.norm.scale * kLog2E : 0.0f;
+  }
+  if (F::kPacked && threadIdx.x < 64) {
+    find_range(s.range, a.key_starts, a.sequences, a.units, a.heads_at_once, F::kKeys);
   }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
@@ -390,56 +479,87 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
   }
 }
 
+// How many runs a head's units are cut into: those that end soonest, when a run costs one more than its units.
+int count_runs(int64_t items, int units, int multiprocessors) {
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int runs = 1; runs <= units; ++runs) {
+    const int64_t cost = ceil_div(items * runs, multiprocessors) * (ceil_div(units, runs) + 1);
+    if (cost < least) {
+      least = cost;
+      best = runs;
+    }
+  }
+  return best;
+}
+
 template <class F>
 void launch(const stdit_attention& call, cudaStream_t stream) {
   ForwardArguments a{};
   a.q = make_tile_maps<F::D>(array_of(call.q), call.sequences, call.queries, call.heads, 64);
   a.k = make_tile_maps<F::D>(array_of(call.k), key_sequences(call), key_rows(call), call.heads, F::kKeys);
   a.v = make_tile_maps<F::D>(array_of(call.v), key_sequences(call), key_rows(call), call.heads, F::kKeys);
-  a.o = make_tile_maps<F::D>(array_of(call.o), call.sequences, call.queries, call.heads, 64);
+  a.o = make_tile_maps<F::D>(array_of(call.o), call.sequences, call.queries, call.heads, 16);
   a.norm = norm_of(call);
   a.score_factor = a.norm.score_factor();
+  a.rounds_keys = rounds_keys(call);
   a.key_starts = call.key_starts;
   a.sequences = static_cast<int>(call.sequences);
   a.lse = call.lse;
-  a.query_blocks = static_cast<int>((call.queries + F::kQueries - 1) / F::kQueries);
   a.heads = call.heads;
   a.queries = static_cast<int>(call.queries);
   a.keys = static_cast<int>(call.keys);
-  a.units = static_cast<int>(call.sequences * call.heads * a.query_blocks);
+  a.units = static_cast<int>(ceil_div(call.queries, F::kQueries));
+  int blocks = multiprocessors();
+  if (F::kPacked) {
+    a.heads_at_once = heads_at_once(call.heads, blocks);
+    const int64_t groups = std::min<int64_t>(blocks / a.heads_at_once, call.sequences * a.units);
+    blocks = static_cast<int>(groups) * a.heads_at_once;
+  } else {
+    const int64_t items = call.sequences * call.heads;
+    const bool keys_stay = call.keys <= F::kKeys * F::kStages;
+    const int runs = keys_stay ? count_runs(items, a.units, blocks) : a.units;
+    a.run_units = static_cast<int>(ceil_div(a.units, runs));
+    a.runs = static_cast<int>(ceil_div(a.units, a.run_units));
+    blocks = static_cast<int>(std::min<int64_t>(items * a.runs, blocks));
+    a.step = {blocks % a.runs, blocks / a.runs % a.heads, blocks / a.runs / a.heads};
+  }
   const auto kernel = attention_forward_kernel<F>;
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes));
-  kernel<<<std::min(a.units, multiprocessors()), F::kThreads, F::kSharedBytes, stream>>>(a);
+  kernel<<<blocks, F::kThreads, F::kSharedBytes, stream>>>(a);
   check_launch("attention_forward_kernel");
 }
 
-// Tiles that a call makes of F, those of half a size counted whole.
+// Tiles that a call makes of F.
 template <class F>
 int64_t tiles_of(const stdit_attention& call) {
-  const auto ceil = [](int64_t n, int64_t d) { return (n + d - 1) / d; };
-  return ceil(call.queries, F::kQueries) * ceil(call.keys, F::kKeys);
+  return ceil_div(call.queries, F::kQueries) * ceil_div(call.keys, F::kKeys);
 }
 
 template <int D>
 void choose(const stdit_attention& call, cudaStream_t stream) {
-  using Short = Forward<D, 3, 80, 4, 3>;
-  using Middle = Forward<D, 2, 128, 4, 2>;
-  using Long = Forward<D, 3, 96, 4, 2>;
-  using Packed = Forward<D, 3, 80, 4, 3, true>;
-  static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
-  if (call.key_starts != nullptr) {
-    launch<Packed>(call, stream);
-  } else if (call.keys <= 2 * Short::kKeys) {
-    launch<Short>(call, stream);
-  } else if (tiles_of<Middle>(call) <= tiles_of<Long>(call)) {  // a tile of either takes as long
-    launch<Middle>(call, stream);
-  } else {
-    launch<Long>(call, stream);
+  using Middle = Forward<D, 2, 128, D <= 80 ? 4 : D <= 96 ? 3 : 2>;
+  if constexpr (D <= 80) {
+    using Short = Forward<D, 3, 80, 4>;
+    using Long = Forward<D, 3, 96, 4>;
+    using Packed = Forward<D, 3, 80, 4, true>;
+    static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
+    if (call.key_starts != nullptr) return launch<Packed>(call, stream);
+    if (call.keys <= 2 * Short::kKeys) return launch<Short>(call, stream);
+    // A tile of either takes as long; in the ring, once more, it costs nothing.
+    const bool stay = call.keys <= Middle::kKeys * Middle::kStages && call.keys > 2 * Long::kKeys;
+    if (!stay && tiles_of<Long>(call) < tiles_of<Middle>(call)) return launch<Long>(call, stream);
   }
+  launch<Middle>(call, stream);  // wider heads' registers leave room for no third consumer
 }
 
 }  // namespace
 
-void attention_forward(const stdit_attention& call, cudaStream_t stream) { choose<72>(call, stream); }
+void attention_forward(const stdit_attention& call, cudaStream_t stream) {
+  switch (call.head_dim) {
+    case 72: return choose<72>(call, stream);
+    default: throw std::invalid_argument("attention: a head dimension that no kernel is made for");
+  }
+}
 
 }  // namespace stdit

@@ -4,16 +4,18 @@
 //
 // attention_packed_dq_kernel: a block takes units of 128 queries of one head after each other, 64 a consumer warpgroup,
 // and keeps the head's keys and values in shared memory meanwhile, in tiles of 80.
-//   s = q k^T, dp = do v^T          both operands in shared memory
-//   ds = 2^(s - lse) (dp - delta)   in registers; delta = rowsum(do * o), found while the first products are made
+//   s = q k^T, dp = do v^T          q and do from registers
+//   ds = 2^(s - lse) (dp - delta)   in registers; delta = rowsum(do * o), found before
 //   dq += ds k                      ds from registers
-// The next tile's products are asked for before ds k of this one. dq leaves through the shared memory that held q. lse
-// and delta are written down for the other kernel.
+// The next tile's products are asked for before ds k of this one; of a last tile with few keys only a part is
+// multiplied. q, do and o are in registers from a unit's beginning, when the next unit's are asked for. dq leaves
+// through shared memory of its own, 16 rows a warp. lse and delta are written down for the other kernel.
 //
-// attention_packed_dkv_kernel: a block keeps 128 keys of a head, 64 a consumer, and walks over tiles of 64 queries,
-// three of which are on their way; their lse and delta come with them.
-//   s^T = k q^T, dp^T = v do^T      both operands in shared memory
+// attention_packed_dkv_kernel: a block keeps 128 keys of a head, 64 a consumer, and walks over tiles of 64 queries, five
+// of which are on their way; their lse and delta come with them.
+//   s^T = k q^T, dp^T = v do^T      k from registers
 //   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
+// The consumers take turns at asking for products (turns.h). In dq they do not: there memory is the limit.
 // All tiles of all blocks of keys of a head, in a row, are cut into equal parts. Where a cut falls into a block of keys,
 // its parts' sums are kept in float32 and added by attention_packed_sum_kernel, in order. Blocks beside each other work
 // on the same part of different heads (units.h).
@@ -21,10 +23,12 @@
 // One thread has the copy engine bring all tiles. The lengths are known on the device alone, where the work is cut.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "attention/gradients.h"
 #include "attention/packed_backward.h"
 #include "attention/shared.h"
+#include "attention/turns.h"
 #include "attention/units.h"
 #include "stdit/attention_tiles.h"
 
@@ -35,7 +39,7 @@ namespace {
 
 template <int D_>
 struct QueryGradient {
-  static constexpr int D = D_, kConsumers = 2, kKeys = 80, kStages = 4, kQueryStages = 2;
+  static constexpr int D = D_, kConsumers = 2, kKeys = 80, kTail = 48, kStages = 4;
   static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   static constexpr int kFeederRegisters = 40;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
@@ -44,20 +48,22 @@ struct QueryGradient {
   static_assert(kKeys * kStages >= kMostPackedKeys, "a head's keys stay");
 
   struct Shared {
-    alignas(1024) char q[kQueryStages][kConsumers][QueryTile::kBytes];
-    alignas(1024) char d_o[kQueryStages][kConsumers][QueryTile::kBytes];
-    alignas(1024) char o[kQueryStages][kConsumers][QueryTile::kBytes];
+    alignas(1024) char q[kConsumers][QueryTile::kBytes];
+    alignas(1024) char d_o[kConsumers][QueryTile::kBytes];
+    alignas(1024) char o[kConsumers][QueryTile::kBytes];
+    alignas(1024) char d_q[kConsumers][QueryTile::kBytes];
     alignas(1024) char k[kStages][KeyTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
     int range[2];  // the block's first unit, and the next block's
-    Barrier q_full[kQueryStages], q_empty[kQueryStages], kv_full[kStages], kv_empty[kStages];
+    Barrier q_full, q_empty, kv_full[kStages], kv_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
   static_assert(kSharedBytes <= kMostSharedBytes, "what a block can have");
 };
 
 struct QueryArguments {
-  TileMaps q, d_o, o, k, v, d_q;
+  TileMaps q, d_o, o, k, v;
+  TileMaps d_q;  // in boxes of 16 rows
   const int* key_starts;
   const float* lse;
   float2* rows;  // [sequences * heads, row_length]: lse in units of log2, delta; zeroes beyond the queries
@@ -70,45 +76,20 @@ __device__ __forceinline__ PackedUnits units_of(const QueryArguments& a, const t
   return PackedUnits(s.range, a.units, a.heads, a.heads_at_once);
 }
 
-// The sum of o * do of a row of two tiles, which a quad of lanes shares. Odd rows begin with the other half, so that
-// two rows beside each other meet no bank twice.
-template <int D>
-__device__ __forceinline__ float row_delta(const char* o, const char* d_o, int row) {
-  using T = Tile<D, 64>;
-  const int quarter = threadIdx.x % 4;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < (D / 8 + 3) / 4; ++i) {
-    const int piece = quarter + 4 * (i < 2 * T::kBlocks ? i ^ (row & 1) : i);
-    if (piece >= D / 8) continue;
-    const uint4 x = *reinterpret_cast<const uint4*>(o + T::offset(row, piece));
-    const uint4 y = *reinterpret_cast<const uint4*>(d_o + T::offset(row, piece));
-    const uint32_t left[4] = {x.x, x.y, x.z, x.w}, right[4] = {y.x, y.y, y.z, y.w};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      sum = fmaf(low_half(left[j]), low_half(right[j]), sum);
-      sum = fmaf(high_half(left[j]), high_half(right[j]), sum);
-    }
-  }
-  sum += __shfl_xor_sync(~0u, sum, 1);
-  return sum + __shfl_xor_sync(~0u, sum, 2);
-}
-
 template <class G>
 __device__ __forceinline__ void produce(const QueryArguments& a, typename G::Shared& s) {
   constexpr int D = G::D;
-  RingPlace<G::kQueryStages> q;
+  RingPlace<1> q;
   RingPlace<G::kStages> kv;
   for (PackedUnits u = units_of<G>(a, s); u.valid(); u.next()) {
-    s.q_empty[q.stage].wait(q.parity ^ 1);
     const int tiles = min(G::kConsumers, (a.queries - u.unit * G::kQueries + 63) / 64);  // that have queries
-    Barrier& full = s.q_full[q.stage];
-    full.arrive_and_expect(3 * tiles * G::QueryTile::kLoadBytes);
+    s.q_empty.wait(q.parity ^ 1);
+    s.q_full.arrive_and_expect(3 * tiles * G::QueryTile::kLoadBytes);
     for (int w = 0; w < tiles; ++w) {
       const int query = u.unit * G::kQueries + 64 * w;
-      load_tile<D, 64>(a.q, full, s.q[q.stage][w], query, u.head, u.sequence);
-      load_tile<D, 64>(a.d_o, full, s.d_o[q.stage][w], query, u.head, u.sequence);
-      load_tile<D, 64>(a.o, full, s.o[q.stage][w], query, u.head, u.sequence);
+      load_tile<D, 64>(a.q, s.q_full, s.q[w], query, u.head, u.sequence);
+      load_tile<D, 64>(a.d_o, s.q_full, s.d_o[w], query, u.head, u.sequence);
+      load_tile<D, 64>(a.o, s.q_full, s.o[w], query, u.head, u.sequence);
     }
     q.next();
     if (!u.first) continue;
@@ -126,11 +107,12 @@ __device__ __forceinline__ void produce(const QueryArguments& a, typename G::Sha
 template <class G>
 __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Shared& s, int consumer) {
   constexpr int D = G::D, kKeys = G::kKeys;
-  using QueryTile = typename G::QueryTile;
+  constexpr std::integral_constant<int, kKeys> whole;
+  constexpr std::integral_constant<int, G::kTail> tail;
   using KeyTile = typename G::KeyTile;
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  RingPlace<G::kQueryStages> q;
-  RingPlace<G::kStages> first;  // of the unit's keys
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  RingPlace<1> q_place;
+  RingPlace<G::kStages> first;  // of the sequence's keys
   int keys = 0, tiles = 0;
   for (PackedUnits u = units_of<G>(a, s); u.valid(); u.next()) {
     if (u.first) {
@@ -140,112 +122,137 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
     const bool leaves = u.last();
     RingPlace<G::kStages> kv = first;
     const int query0 = u.unit * G::kQueries + 64 * consumer;
+    s.q_full.wait(q_place.parity);
+    q_place.next();
     if (query0 >= a.queries) {  // nothing to do but to let the others' tiles pass
+      arrive_warp(s.q_empty);
       for (int tile = 0; tile < tiles; ++tile) {
         s.kv_full[kv.stage].wait(kv.parity);
-        if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
+        if (leaves) arrive_warp(s.kv_empty[kv.stage]);
         kv.next();
       }
-      if (thread == 0) s.q_empty[q.stage].arrive();
-      q.next();
       if (leaves) first = kv;
       continue;
     }
+    Fragments<D> q, d_o;
+    q.template load<64>(s.q[consumer], 16 * warp);
+    d_o.template load<64>(s.d_o[consumer], 16 * warp);
     float2 rows[2];  // lse in units of log2, delta
-    const int64_t item = static_cast<int64_t>(u.sequence) * a.heads + u.head;
+    {
+      Fragments<D> o;
+      o.template load<64>(s.o[consumer], 16 * warp);
+      arrive_warp(s.q_empty);
+      const int64_t item = static_cast<int64_t>(u.sequence) * a.heads + u.head;
+      const float2 delta = row_dots(o, d_o);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int query = query0 + 16 * warp + lane / 4 + 8 * h;
-      rows[h].x = query < a.queries ? __ldg(a.lse + item * a.queries + query) * kLog2E : 0.0f;
+      for (int h = 0; h < 2; ++h) {
+        const int query = query0 + 16 * warp + lane / 4 + 8 * h;
+        rows[h].x = query < a.queries ? __ldg(a.lse + item * a.queries + query) * kLog2E : 0.0f;
+        rows[h].y = h == 0 ? delta.x : delta.y;
+        if (lane % 4 == 0) a.rows[item * a.row_length + query] = rows[h];
+      }
     }
-    char* q_tile = s.q[q.stage][consumer];
     float p[kKeys / 2], dp[kKeys / 2], d_q[D / 2];
     uint32_t ds16[kKeys / 4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) d_q[i] = 0.0f;
 
-    const auto q_operand = ColumnsOperand::of<QueryTile>(q_tile);
-    const auto do_operand = ColumnsOperand::of<QueryTile>(s.d_o[q.stage][consumer]);
-    const auto ask_scores = [&](const RingPlace<G::kStages>& place) {
-      s.kv_full[place.stage].wait(place.parity);
+    // All of these take the width of a tile's products, kKeys or kTail.
+    const auto ask_scores = [&](auto width, int stage) {
+      constexpr int N = decltype(width)::value;
+      hold(q.x);
+      hold(d_o.x);
       wgmma_fence();
-      multiply_columns<kKeys, QueryTile, KeyTile>(p, q_operand, ColumnsOperand::of<KeyTile>(s.k[place.stage]));
-      multiply_columns<kKeys, QueryTile, KeyTile>(dp, do_operand, ColumnsOperand::of<KeyTile>(s.v[place.stage]));
+      multiply_columns<N, KeyTile>(front<N / 2>(p), q.x, ColumnsOperand::of<KeyTile>(s.k[stage]));
+      multiply_columns<N, KeyTile>(front<N / 2>(dp), d_o.x, ColumnsOperand::of<KeyTile>(s.v[stage]));
       wgmma_commit();
     };
-    const auto ask_gradient = [&](const RingPlace<G::kStages>& place) {
-      const auto k_operand = RowsOperand::of<KeyTile>(s.k[place.stage]);
-      hold(ds16);
+    const auto ask_gradient = [&](auto width, int stage) {
+      constexpr int N = decltype(width)::value;
+      const auto k_operand = RowsOperand::of<KeyTile>(s.k[stage]);
+      hold(front<N / 4>(ds16));
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kKeys / 16; ++i) {
-        multiply_rows<KeyTile, kMajorK>(d_q, ds16 + 4 * i, k_operand, 16 * i);
-      }
+      for (int i = 0; i < N / 16; ++i) multiply_rows<KeyTile, kMajorK>(d_q, ds16 + 4 * i, k_operand, 16 * i);
       wgmma_commit();
     };
     // dp becomes ds.
-    const auto differentiate = [&](int tile) {
-      hold(p);
-      hold(dp);
+    const auto differentiate = [&](auto width, int tile) {
+      constexpr int N = decltype(width)::value;
+      hold(front<N / 2>(p));
+      hold(front<N / 2>(dp));
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
+      for (int i = 0; i < N / 2; ++i) {
         const float2 row = rows[i / 2 % 2];
         dp[i] = exp2_approx(fmaf(p[i], a.score_factor, -row.x)) * (dp[i] - row.y);
       }
       if (tile == tiles - 1) {  // keys that are not there
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
+        for (int i = 0; i < N / 2; ++i) {
           if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) dp[i] = 0.0f;
         }
       }
     };
-    const auto pack_gradient = [&] {
+    const auto pack_gradient = [&](auto width) {
 #pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
+      for (int i = 0; i < decltype(width)::value / 4; ++i) ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
     };
-
-    s.q_full[q.stage].wait(q.parity);
-    ask_scores(kv);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = 16 * warp + lane / 4 + 8 * h;
-      rows[h].y = row_delta<D>(s.o[q.stage][consumer], s.d_o[q.stage][consumer], row);
-      if (lane % 4 == 0) a.rows[item * a.row_length + query0 + row] = rows[h];
-    }
-    wgmma_wait<0>();
-    differentiate(0);
-    pack_gradient();
-    for (int tile = 1; tile < tiles; ++tile) {
-      const RingPlace<G::kStages> before = kv;
+    const auto begin = [&](auto width) {
+      s.kv_full[kv.stage].wait(kv.parity);
+      ask_scores(width, kv.stage);
+      wgmma_wait<0>();
+      differentiate(width, 0);
+      pack_gradient(width);
+    };
+    const auto step = [&](auto width, int tile) {
+      const int before = kv.stage;
       kv.next();
-      ask_scores(kv);
-      ask_gradient(before);
+      s.kv_full[kv.stage].wait(kv.parity);
+      ask_scores(width, kv.stage);
+      ask_gradient(whole, before);
       wgmma_wait<1>();
-      differentiate(tile);
+      differentiate(width, tile);
       wgmma_wait<0>();
       hold(d_q);
-      if (thread == 0 && leaves) s.kv_empty[before.stage].arrive();
-      pack_gradient();
+      if (leaves) arrive_warp(s.kv_empty[before]);
+      pack_gradient(width);
+    };
+
+    const bool narrow = keys - (tiles - 1) * kKeys <= G::kTail;  // the last tile
+    if (tiles == 1 && narrow) {
+      begin(tail);
+    } else {
+      begin(whole);
     }
-    ask_gradient(kv);
+    for (int tile = 1; tile < tiles - 1; ++tile) step(whole, tile);
+    if (tiles > 1) {
+      if (narrow) {
+        step(tail, tiles - 1);
+      } else {
+        step(whole, tiles - 1);
+      }
+    }
+    if (narrow) {
+      ask_gradient(tail, kv.stage);
+    } else {
+      ask_gradient(whole, kv.stage);
+    }
+    if (lane == 0) wait_stores_read<0>();  // of the d_q before
+    __syncwarp();
     wgmma_wait<0>();
     hold(d_q);
-    if (thread == 0 && leaves) s.kv_empty[kv.stage].arrive();
+    if (leaves) arrive_warp(s.kv_empty[kv.stage]);
     kv.next();
     if (leaves) first = kv;
-
-    sync_threads(1 + consumer, 128);  // all warps have read their q
-    store_accumulators<D, 64>(q_tile, 16 * warp, d_q, a.scale, a.scale);
+    store_accumulators<D, 64>(s.d_q[consumer], 16 * warp, d_q, a.scale, a.scale);
     fence_async_shared();
-    sync_threads(1 + consumer, 128);
-    if (thread == 0) {
-      store_tile<D, 64>(a.d_q, q_tile, query0, u.head, u.sequence);
+    __syncwarp();
+    if (lane == 0) {
+      store_rows<D, 64>(a.d_q, s.d_q[consumer], 16 * warp, query0 + 16 * warp, u.head, u.sequence);
       commit_stores();
-      wait_stores_read<0>();
-      s.q_empty[q.stage].arrive();
     }
-    q.next();
   }
+  if (lane == 0) wait_stores_read<0>();
 }
 
 template <class G>
@@ -253,13 +260,11 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dq_kernel(con
   extern __shared__ char dynamic[];
   auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < G::kQueryStages; ++i) {
-      s.q_full[i].init(1);
-      s.q_empty[i].init(G::kConsumers);
-    }
+    s.q_full.init(1);
+    s.q_empty.init(4 * G::kConsumers * kWarpArrivals);
     for (int i = 0; i < G::kStages; ++i) {
       s.kv_full[i].init(1);
-      s.kv_empty[i].init(G::kConsumers);
+      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
     }
     fence_barrier_init();
   }
@@ -279,7 +284,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dq_kernel(con
 
 template <int D_>
 struct KeyGradient {
-  static constexpr int D = D_, kConsumers = 2, kQueries = 64, kStages = 3;
+  static constexpr int D = D_, kConsumers = 2, kQueries = 64, kStages = 5;
   static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   static constexpr int kFeederRegisters = 40;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
@@ -297,6 +302,7 @@ struct KeyGradient {
     Barrier kv_full[2], kv_empty[2], q_full[kStages], q_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
+  static_assert(kSharedBytes <= kMostSharedBytes, "what a block can have");
 };
 
 struct KeyArguments {
@@ -439,37 +445,42 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
   constexpr int D = G::D, kQueries = G::kQueries;
   using KeyTile = typename G::KeyTile;
   using QueryTile = typename G::QueryTile;
-  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+  const Turns<G::kConsumers> turns{consumer};
   RingPlace<2> kv;
   RingPlace<G::kStages> q;
   Panel panel;
   // Every warp, when its lanes have read their rows.
   const auto leave_queries = [&](int stage) { arrive_warp(s.q_empty[stage]); };
+  turns.begin();
   for (SegmentCursor<G> at(a, s); at.valid(a); at.next(a, panel)) {
     panel = Panel::of(a, at.at, at.head);
     const int first_tile = at.first_tile(a), tiles = at.end_tile(a) - first_tile;
     s.kv_full[kv.stage].wait(kv.parity);
     if (panel.inside<G>(consumer) <= 0) {  // nothing to do but to let the other's tiles pass
+      arrive_warp(s.kv_empty[kv.stage]);
+      kv.next();
       for (int tile = 0; tile < tiles; ++tile) {
         s.q_full[q.stage].wait(q.parity);
         leave_queries(q.stage);
         q.next();
+        turns.take();
+        turns.pass();
       }
-      if (thread == 0) s.kv_empty[kv.stage].arrive();
-      kv.next();
       continue;
     }
+    Fragments<D> k;  // v too would take more registers than there are
+    k.template load<64>(s.k[kv.stage][consumer], 16 * warp);
+    const auto v_operand = ColumnsOperand::of<KeyTile>(s.v[kv.stage][consumer]);
     float d_k[D / 2], d_v[D / 2], p[kQueries / 2], dp[kQueries / 2];
     uint32_t p16[kQueries / 4], ds16[kQueries / 4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) d_k[i] = d_v[i] = 0.0f;
-    const auto k_operand = ColumnsOperand::of<KeyTile>(s.k[kv.stage][consumer]);
-    const auto v_operand = ColumnsOperand::of<KeyTile>(s.v[kv.stage][consumer]);
-    const auto ask_scores = [&](const RingPlace<G::kStages>& place) {
-      s.q_full[place.stage].wait(place.parity);
+    const auto ask_scores = [&](int stage) {
+      hold(k.x);
       wgmma_fence();
-      multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand, ColumnsOperand::of<QueryTile>(s.q[place.stage]));
-      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand, ColumnsOperand::of<QueryTile>(s.d_o[place.stage]));
+      multiply_columns<kQueries, QueryTile>(p, k.x, ColumnsOperand::of<QueryTile>(s.q[stage]));
+      multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand, ColumnsOperand::of<QueryTile>(s.d_o[stage]));
       wgmma_commit();
     };
     const auto ask_gradients = [&](int stage) {
@@ -511,15 +522,21 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
       }
     };
 
-    ask_scores(q);
+    s.q_full[q.stage].wait(q.parity);
+    turns.take();
+    ask_scores(q.stage);
+    turns.pass();
     wgmma_wait<0>();
     differentiate(q.stage);
     pack_both();
     for (int tile = 1; tile < tiles; ++tile) {
       const int before = q.stage;
       q.next();
-      ask_scores(q);
+      s.q_full[q.stage].wait(q.parity);
+      turns.take();
+      ask_scores(q.stage);
       ask_gradients(before);
+      turns.pass();
       wgmma_wait<1>();
       differentiate(q.stage);
       wgmma_wait<0>();
@@ -534,7 +551,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     hold(d_k);
     leave_queries(q.stage);
     q.next();
-    if (thread == 0) s.kv_empty[kv.stage].arrive();
+    arrive_warp(s.kv_empty[kv.stage]);
     kv.next();
 
     if (tiles == a.query_tiles) {
@@ -545,6 +562,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
       keep<D>(partial_of<G>(a, at.head, part, which, 1, consumer), d_v);
     }
   }
+  turns.end();
 }
 
 template <class G>
@@ -554,7 +572,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dkv_kernel(co
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2; ++i) {
       s.kv_full[i].init(1);
-      s.kv_empty[i].init(G::kConsumers);
+      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
     }
     for (int i = 0; i < G::kStages; ++i) {
       s.q_full[i].init(1);
@@ -685,7 +703,7 @@ void packed_backward(const stdit_attention& call, const stdit_attention_gradient
   q.o = query_maps(call.o);
   q.k = key_maps(call.k, Queries::kKeys);
   q.v = key_maps(call.v, Queries::kKeys);
-  q.d_q = query_maps(g.d_q);
+  q.d_q = make_tile_maps<D>(array_of(g.d_q), call.sequences, call.queries, call.heads, 16);
   q.key_starts = call.key_starts;
   q.lse = call.lse;
   q.rows = rows;

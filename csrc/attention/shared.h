@@ -53,6 +53,11 @@ inline NormArguments norm_of(const stdit_attention& call) {
       call.epsilon,  call.scale};
 }
 
+// Up to so many keys their normalised rows are rounded to bfloat16 before they are multiplied; of more, what is multiplied
+// are the rows as they came, and the scores are scaled instead. Both passes must see the same scores.
+constexpr int64_t kMostRoundedKeys = int64_t{1} << 30;
+inline bool rounds_keys(const stdit_attention& call) { return call.keys <= kMostRoundedKeys; }
+
 inline HeadArray array_of(const stdit_heads& h) {
   return {static_cast<__nv_bfloat16*>(h.data), h.sequence_stride, h.row_stride, h.head_stride};
 }

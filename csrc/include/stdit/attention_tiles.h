@@ -62,6 +62,13 @@ struct RowsOperand {
   }
 };
 
+// The first values of an array.
+template <int Count, class T, int Size>
+__device__ __forceinline__ T (&front(T (&values)[Size]))[Count] {
+  static_assert(Count <= Size, "values that are there");
+  return reinterpret_cast<T(&)[Count]>(values);
+}
+
 // D[64, N] = A B^T over all columns of two tiles, 64 rows of A and N of B.
 template <int N, class A, class B>
 __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const ColumnsOperand& a, const ColumnsOperand& b) {
@@ -77,6 +84,18 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const Column
   for (int c = 0; c < A::kChunks; ++c) {
     Product::add(d, a.rest.moved(c * A::kChunkBytes), b.rest.moved(c * B::kChunkBytes));
   }
+}
+
+// The same with A in registers, 16 columns after 16: as load_fragments brings them.
+template <int N, class B>
+__device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const uint32_t* a, const ColumnsOperand& b) {
+  static_assert(B::kBlocks > 0, "narrower heads than 64 would start with the rest");
+  using Product = Wgmma<N, kMajorK, kMajorK>;
+  Product::start(d, a, b.blocks);
+#pragma unroll
+  for (int i = 1; i < 4 * B::kBlocks; ++i) Product::add(d, a + 4 * i, b.blocks.moved(i / 4 * B::kBlockBytes + i % 4 * 32));
+#pragma unroll
+  for (int c = 0; c < B::kChunks; ++c) Product::add(d, a + 4 * (4 * B::kBlocks + c), b.rest.moved(c * B::kChunkBytes));
 }
 
 // D[64, columns of B] += A[64, 16] B over 16 rows of a tile, from `row` on; = where it starts. A: registers or an
@@ -166,6 +185,21 @@ __device__ __forceinline__ void store_tile(const TileMaps& maps, const char* fro
   }
 }
 
+// Starts the copy of 16 rows of a tile, from `first_row` on; the maps' boxes have 16 rows.
+template <int D, int Rows>
+__device__ __forceinline__ void store_rows(const TileMaps& maps, const char* from, int first_row, int row, int head,
+                                           int sequence) {
+  using T = Tile<D, Rows>;
+  const char* block = from + first_row * 128;
+  const char* rest = from + T::kRestAt + first_row * 32;
+#pragma unroll
+  for (int i = 0; i < T::kBlocks; ++i) store_box(maps.blocks, block + i * T::kBlockBytes, 64 * i, row, head, sequence);
+#pragma unroll
+  for (int i = 0; i < T::kChunks; ++i) {
+    store_box(maps.rest, rest + i * T::kChunkBytes, 64 * T::kBlocks + 16 * i, row, head, sequence);
+  }
+}
+
 // The first warpgroup feeds the others: its first warp's first thread has the copy engine bring tiles, the other warps
 // normalise them, 16 rows at a time, in turn.
 constexpr int kNormalisers = 3;
@@ -186,6 +220,76 @@ __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uin
 }
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b) {
   asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");
+}
+
+// Four 8 x 8 matrices, likewise.
+__device__ __forceinline__ void load_matrices(uint32_t address, uint32_t& a, uint32_t& b, uint32_t& c, uint32_t& d) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(a), "=r"(b), "=r"(c), "=r"(d)
+               : "r"(address)
+               : "memory");
+}
+
+// A warp's 16 rows of a tile as A operands of products: 16 columns, zeroes beyond D, in four registers after another.
+template <int D>
+struct Fragments {
+  static constexpr int kSteps = (D + 15) / 16, kColumns = 16 * kSteps;
+  uint32_t x[4 * kSteps];  // [step][right eight columns][eight rows below]
+
+  template <int Rows>
+  __device__ __forceinline__ void load(const char* tile, int first_row) {
+    const int lane = threadIdx.x % 32, row = first_row + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      const uint32_t at = shared_address(tile + Tile<D, Rows>::offset(row, 2 * i + lane / 16));
+      load_matrices(at, x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
+    }
+  }
+  // Scales rows by their reciprocal root mean square (if `normalise`) and by `weights` [kColumns].
+  __device__ __forceinline__ void scale(bool normalise, float epsilon, const float* weights) {
+    float factor[2] = {1.0f, 1.0f};
+    if (normalise) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float sums[2] = {};
+#pragma unroll
+        for (int i = h; i < 4 * kSteps; i += 2) {
+          sums[0] = fmaf(low_half(x[i]), low_half(x[i]), sums[0]);
+          sums[1] = fmaf(high_half(x[i]), high_half(x[i]), sums[1]);
+        }
+        float sum = sums[0] + sums[1];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        factor[h] = rsqrtf(sum * (1.0f / D) + epsilon);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {  // eight columns after eight
+      const float2 w = *reinterpret_cast<const float2*>(weights + 8 * i + threadIdx.x % 4 * 2);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t& pair = x[2 * i + h];
+        pair = pack(low_half(pair) * (w.x * factor[h]), high_half(pair) * (w.y * factor[h]));
+      }
+    }
+  }
+};
+
+// The sums over columns of a * b of this thread's two rows of fragments.
+template <int D>
+__device__ __forceinline__ float2 row_dots(const Fragments<D>& a, const Fragments<D>& b) {
+  float sums[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4 * Fragments<D>::kSteps; ++i) {
+    sums[i % 2] = fmaf(low_half(a.x[i]), low_half(b.x[i]), sums[i % 2]);
+    sums[i % 2] = fmaf(high_half(a.x[i]), high_half(b.x[i]), sums[i % 2]);
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    sums[h] += __shfl_xor_sync(~0u, sums[h], 1);
+    sums[h] += __shfl_xor_sync(~0u, sums[h], 2);
+  }
+  return make_float2(sums[0], sums[1]);
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -212,6 +316,32 @@ __device__ __forceinline__ void store_accumulators(char* tile, int first_row, co
     store_matrices(shared_address(tile + Tile<D, Rows>::offset(row, D / 8 - 1)), pack(v[0] * factor0, v[1] * factor0),
                    pack(v[2] * factor1, v[3] * factor1));
   }
+}
+
+// The reciprocal root mean squares of 16 rows of a tile, by a warp, into factors[first_row ...]. Two lanes a row, as in
+// scale_rows.
+template <int D, int Rows>
+__device__ __forceinline__ void row_factors(const char* tile, int first_row, float epsilon, float* factors) {
+  using T = Tile<D, Rows>;
+  constexpr int kRestPieces = T::kRest / 8, kEach = 4 * T::kBlocks + (kRestPieces + 1) / 2;
+  const int lane = threadIdx.x % 32, half = lane % 2, row = first_row + lane / 2;
+  float sums[4] = {};
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int piece =
+        i < 4 * T::kBlocks ? i / 4 * 8 + 4 * half + i % 4 : 8 * T::kBlocks + 2 * (i - 4 * T::kBlocks) + half;
+    if (piece >= D / 8) continue;
+    const uint4 four = *reinterpret_cast<const uint4*>(tile + T::offset(row, piece));
+    const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      sums[j] = fmaf(low_half(words[j]), low_half(words[j]), sums[j]);
+      sums[j] = fmaf(high_half(words[j]), high_half(words[j]), sums[j]);
+    }
+  }
+  float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  sum += __shfl_xor_sync(~0u, sum, 1);
+  if (half == 0) factors[row] = rsqrtf(sum * (1.0f / D) + epsilon);
 }
 
 // Scales 16 rows of a tile, in place, by a warp: by their reciprocal root mean square (if `normalise`) and by `weights`

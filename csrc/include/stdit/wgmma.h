@@ -107,6 +107,8 @@ struct Wgmma;
   };
 
 #define STDIT_D_8(mode) STDIT_PICK_4(mode, 0)
+#define STDIT_D_16(mode) STDIT_PICK_8(mode, 0)
+#define STDIT_D_32(mode) STDIT_PICK_16(mode, 0)
 #define STDIT_D_48(mode) STDIT_PICK_16(mode, 0), STDIT_PICK_8(mode, 16)
 #define STDIT_D_64(mode) STDIT_PICK_32(mode, 0)
 #define STDIT_D_80(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_8(mode, 32)
@@ -114,6 +116,8 @@ struct Wgmma;
 #define STDIT_D_128(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_32(mode, 32)
 
 STDIT_WGMMA(8, "%0, %1, %2, %3", STDIT_D_8, 4, 5, 6, 7, 8, 9)
+STDIT_WGMMA(16, STDIT_TEXT_0, STDIT_D_16, 8, 9, 10, 11, 12, 13)
+STDIT_WGMMA(32, STDIT_TEXT_0 ", " STDIT_TEXT_8, STDIT_D_32, 16, 17, 18, 19, 20, 21)
 STDIT_WGMMA(48, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16, STDIT_D_48, 24, 25, 26, 27, 28, 29)
 STDIT_WGMMA(64, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24, STDIT_D_64, 32, 33, 34, 35, 36,
             37)
@@ -142,6 +146,8 @@ STDIT_WGMMA(128,
 #undef STDIT_WGMMA_FUNCTIONS
 #undef STDIT_WGMMA
 #undef STDIT_D_8
+#undef STDIT_D_16
+#undef STDIT_D_32
 #undef STDIT_D_48
 #undef STDIT_D_64
 #undef STDIT_D_80

@@ -25,8 +25,9 @@ needs_library = pytest.mark.skipif(not BUILT, reason=f"CUDA library {BUILT_REASO
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
 
-# Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time.
-LENGTHS = [1, 2, 15, 64, 65, 80, 127, 128, 129, 144, 160, 161, 192, 193, 256, 300, 385, 1590]
+# Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time, of
+# the last of them 48 or 64; 512 keys, as many as stay in shared memory.
+LENGTHS = [1, 2, 15, 64, 65, 80, 81, 127, 128, 129, 144, 145, 160, 161, 192, 193, 256, 300, 385, 449, 513, 1590]
 
 
 # ------------------------------------------------------------ without a GPU
@@ -234,8 +235,8 @@ def test_strided_inputs(view):
     assert torch.equal(fused(here, *w), fused(here.contiguous(), *w))
 
 
-# Lengths of each sample's text, queries, heads: around tiles of 80 and 128 keys, 64, 128 and 192 queries, and cuts of
-# the work between multiprocessors.
+# Lengths of each sample's text, queries, heads: around tiles of 80 (of the last 48) and 128 keys, 64, 128 and 192
+# queries, cuts of the work between multiprocessors, and heads that do not share them evenly.
 TEXTS = [
     ([1], 1, 1),
     ([5, 1], 7, 2),
@@ -245,6 +246,9 @@ TEXTS = [
     ([13, 77, 160, 161, 20], 700, 16),
     ([200, 120], 5000, 16),
     ([33] * 100, 20, 4),
+    ([48, 129], 640, 20),
+    ([9, 200], 200, 72),
+    ([70], 65, 150),
 ]
 PACKED = dict(argvalues=TEXTS, ids=lambda value: "-".join(map(str, value[:5])) if isinstance(value, list) else None)
 

@@ -313,5 +313,6 @@ def test_libraries_on_a_gpu(name, dtype, length):
     assert lse.shape == (3, 2, length) and relative_error(lse, exact[1]) < 1e-3
     grads = library.backward(d_o, q, k, v, o, lse)
     wants = library_attention._math_backward(d_o.double(), *(x.double() for x in (q, k, v)), *exact)
-    for got, want in zip((o, *grads), (exact[0], *wants), strict=True):
-        assert relative_error(got, want) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-3  # some three times what any of them was ever seen to have
+    errors = [relative_error(got, want) for got, want in zip((o, *grads), (exact[0], *wants), strict=True)]
+    assert max(errors) < tolerance, errors  # of o, dq, dk, dv; a NaN is no smaller

@@ -230,7 +230,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
   Barrier* const k_ready = F::kPacked ? s.k_full : s.k_ready;
   char* const o_tile = s.o[consumer];
   const bool scales_scores = !F::kPacked && a.norm.normalise_k && !a.rounds_keys;
-  const Turns<F::kConsumers> turns{consumer};
+  const Turns<F::kPacked ? 1 : F::kConsumers> turns{consumer};  // over packed keys they cost more than they bring
   RingPlace<F::kQueryStages> q_place;
   RingPlace<F::kStages> first;  // of the run's keys
   int keys = 0, tiles = 0;
@@ -306,7 +306,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
           }
         }
       }
-      if (tile == tiles - 1) {  // keys that are not there
+      if (tile * kKeys + N > keys) {  // keys that are not there
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
           if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) scores[i] = -INFINITY;
@@ -342,14 +342,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
 #pragma unroll
       for (int i = 0; i < decltype(width)::value / 4; ++i) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
     };
-    const auto begin = [&](auto width) {
+    const auto begin = [&] {
       k_ready[kv.stage].wait(kv.parity);
       turns.take();
-      ask_scores(width, kv.stage);
+      ask_scores(whole, kv.stage);
       turns.pass();
       wgmma_wait<0>();
-      exponentiate(width, 0, kv.stage);
-      pack_scores(width);
+      exponentiate(whole, 0, kv.stage);
+      pack_scores(whole);
     };
     const auto step = [&](auto width, int tile) {
       const RingPlace<F::kStages> before = kv;
@@ -372,20 +372,11 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       pack_scores(width);
     };
 
-    const bool narrow = keys - (tiles - 1) * kKeys <= F::kTail;  // the last tile
-    if (tiles == 1 && narrow) {
-      begin(tail);
-    } else {
-      begin(whole);
-    }
-    for (int tile = 1; tile < tiles - 1; ++tile) step(whole, tile);
-    if (tiles > 1) {
-      if (narrow) {
-        step(tail, tiles - 1);
-      } else {
-        step(whole, tiles - 1);
-      }
-    }
+    // Each in one place: code that is run has to fit into the instructions' cache.
+    const bool narrow = tiles > 1 && keys - (tiles - 1) * kKeys <= F::kTail;  // the last tile
+    begin();
+    for (int tile = 1; tile < tiles - narrow; ++tile) step(whole, tile);
+    if (narrow) step(tail, tiles - 1);
     s.v_full[kv.stage].wait(kv.parity);
     if (narrow) {
       ask_values(tail, kv.stage);

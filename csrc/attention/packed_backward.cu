@@ -186,7 +186,7 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
         const float2 row = rows[i / 2 % 2];
         dp[i] = exp2_approx(fmaf(p[i], a.score_factor, -row.x)) * (dp[i] - row.y);
       }
-      if (tile == tiles - 1) {  // keys that are not there
+      if (tile * kKeys + N > keys) {  // keys that are not there
 #pragma unroll
         for (int i = 0; i < N / 2; ++i) {
           if (tile * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= keys) dp[i] = 0.0f;
@@ -197,12 +197,12 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
 #pragma unroll
       for (int i = 0; i < decltype(width)::value / 4; ++i) ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
     };
-    const auto begin = [&](auto width) {
+    const auto begin = [&] {
       s.kv_full[kv.stage].wait(kv.parity);
-      ask_scores(width, kv.stage);
+      ask_scores(whole, kv.stage);
       wgmma_wait<0>();
-      differentiate(width, 0);
-      pack_gradient(width);
+      differentiate(whole, 0);
+      pack_gradient(whole);
     };
     const auto step = [&](auto width, int tile) {
       const int before = kv.stage;
@@ -218,20 +218,10 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
       pack_gradient(width);
     };
 
-    const bool narrow = keys - (tiles - 1) * kKeys <= G::kTail;  // the last tile
-    if (tiles == 1 && narrow) {
-      begin(tail);
-    } else {
-      begin(whole);
-    }
-    for (int tile = 1; tile < tiles - 1; ++tile) step(whole, tile);
-    if (tiles > 1) {
-      if (narrow) {
-        step(tail, tiles - 1);
-      } else {
-        step(whole, tiles - 1);
-      }
-    }
+    const bool narrow = tiles > 1 && keys - (tiles - 1) * kKeys <= G::kTail;  // the last tile
+    begin();
+    for (int tile = 1; tile < tiles - narrow; ++tile) step(whole, tile);
+    if (narrow) step(tail, tiles - 1);
     if (narrow) {
       ask_gradient(tail, kv.stage);
     } else {

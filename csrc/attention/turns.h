@@ -9,14 +9,14 @@
 
 namespace stdit {
 
-// A consumer's place; named barrier 1 + consumer admits it. All consumers must take as many turns.
+// A consumer's place; named barrier 1 + consumer admits it. All consumers must take as many turns. Of one: no turns.
 template <int Consumers>
 struct Turns {
   int consumer;
 
   // Before the first turn, which is the first consumer's.
   __device__ __forceinline__ void begin() const {
-    if (consumer == Consumers - 1) pass();
+    if (Consumers > 1 && consumer == Consumers - 1) pass();
   }
   __device__ __forceinline__ void take() const {
     if (Consumers > 1) sync_threads(1 + consumer, 256);
@@ -26,7 +26,7 @@ struct Turns {
   }
   // After the last: takes the turn that the last consumer passed on.
   __device__ __forceinline__ void end() const {
-    if (consumer == 0) take();
+    if (Consumers > 1 && consumer == 0) take();
   }
 };
 

@@ -26,8 +26,10 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
 
 # Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time, of
-# the last of them 48 or 64; 512 keys, as many as stay in shared memory.
-LENGTHS = [1, 2, 15, 64, 65, 80, 81, 127, 128, 129, 144, 145, 160, 161, 192, 193, 256, 300, 385, 449, 513, 1590]
+# the last of them 48 or 64; 512 keys, as many as stay in shared memory; 320 keys, of more of which the backward pass is
+# another.
+LENGTHS = [1, 2, 15, 64, 65, 80, 81, 127, 128, 129, 144, 145, 160, 161, 192, 193, 256, 300, 320, 321, 385, 390, 449]
+LENGTHS += [513, 641, 1590]
 
 
 # ------------------------------------------------------------ without a GPU
@@ -167,7 +169,7 @@ def test_against_the_definition(length):
 
 
 @needs_gpu
-@pytest.mark.parametrize("length", [7, 144, 300])
+@pytest.mark.parametrize("length", [7, 144, 300, 390])
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_without_norm(length, scale):
     """Scores have no bound then: the softmax looks for a maximum."""
@@ -175,16 +177,20 @@ def test_without_norm(length, scale):
 
 
 @needs_gpu
-def test_weights_too_large_for_a_bound():
-    given = inputs(1, 1, 300, 2)
+@pytest.mark.parametrize("length", [300, 390])
+def test_weights_too_large_for_a_bound(length):
+    """Scores so large that both passes must round alike."""
+    given = inputs(1, 1, length, 2)
     given["q_weight"], given["k_weight"] = given["q_weight"] * 4, given["k_weight"] * 4
     check(fused, plain, given, torch.bfloat16)
 
 
 @needs_gpu
-@pytest.mark.parametrize(("frames", "length", "heads"), [(24, 144, 16), (24, 300, 16), (2, 1100, 16), (40, 513, 16)])
+@pytest.mark.parametrize(
+    ("frames", "length", "heads"), [(24, 144, 16), (24, 300, 16), (2, 300, 3), (2, 1100, 16), (40, 513, 16)]
+)
 def test_more_heads_than_multiprocessors(frames, length, heads):
-    """Blocks take several units; a head's keys are walked by one block or shared by several, in turn."""
+    """Blocks take several units; up to 320 keys, a head's are walked by one block or shared by several, in turn."""
     given = inputs(1, frames, length, heads)
     given = {name: x.bfloat16().requires_grad_() for name, x in given.items()}
     grad = randn(1, frames, length, heads * HEAD_DIM, seed=9, dtype=torch.bfloat16)
@@ -210,7 +216,7 @@ def test_every_value_is_written(monkeypatch):
         return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for length in (5, 144, 300):
+    for length in (5, 144, 300, 390):
         given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, length, 3).items()}
         for x in gradients(fused, given, randn(1, 2, length, 3 * HEAD_DIM, dtype=torch.bfloat16)):
             assert x.isfinite().all()

@@ -1,4 +1,5 @@
-// Attention's backward pass: gradients of q, k, v and of the norms' weights, repeating bit for bit.
+// Attention's backward pass over up to 320 keys: gradients of q, k, v and of the norms' weights, repeating bit for bit.
+// Of more keys: long_backward.cu.
 //
 // A block keeps a block of keys (64 a consumer warpgroup), with its dk and dv in registers, and walks over tiles of
 // queries:
@@ -27,6 +28,7 @@
 #include <algorithm>
 
 #include "attention/gradients.h"
+#include "attention/long_backward.h"
 #include "attention/packed_backward.h"
 #include "attention/shared.h"
 #include "stdit/attention.h"
@@ -311,7 +313,8 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
   const int barrier = 1 + consumer;
   RingPlace<2> kv, ds;
   RingPlace<B::kStages> q;
-  float* weight_sums = a.weight_partials == nullptr ? nullptr : s.weight_sums[4 * consumer + warp];
+  const bool sums_weights = a.weight_partials != nullptr;
+  float* weight_sums = s.weight_sums[4 * consumer + warp];
 
   for (UnitCursor<B> cursor; cursor.valid(a); cursor.next(a)) {
     const Unit<B> u = cursor.unit(a);
@@ -448,7 +451,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
             if (!out.there[i / 2 % 2]) d_q[i] = 0.0f;
           }
           // The weights in shared memory hold the scale, in units of log2.
-          through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, weight_sums);
+          through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, sums_weights, weight_sums);
           write_rows<D>(d_q, out);
         } else {
           place.keep(a, u, d_q, barrier);
@@ -464,7 +467,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
     write_rows<D>(d_v, RowPair(a.d_v, u.sequence, u.head, key0, a.keys));
     // Where q is scaled, it is in units of log2.
     const float scale = a.norm.folds() ? kLn2 : a.norm.scale;
-    through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, nullptr);
+    through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, false, nullptr);
     write_rows<D>(d_k, RowPair(a.d_k, u.sequence, u.head, key0, a.keys));
   }
 
@@ -520,19 +523,6 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 template <int D>
 __global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(RowArguments a) {
   write_row_sums<D>(a, blockIdx.x);
-}
-
-// d_weights[0] = sum over blocks * k_weight * scale, d_weights[1] likewise with q_weight: both norms' weights only
-// appear as their product.
-__global__ void attention_weights_kernel(const float* partials, int blocks, int D, NormArguments norm,
-                                         float* d_weights) {
-  const int i = threadIdx.x;
-  if (i >= D) return;
-  float sum = 0.0f;
-  for (int b = 0; b < blocks; ++b) sum += partials[static_cast<int64_t>(b) * D + i];
-  sum *= norm.scale;
-  d_weights[i] = sum * norm.weight(norm.k_weight, i);
-  d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
 }
 
 // How a call is cut, and where its parts of the scratch memory begin.
@@ -609,7 +599,8 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   kernel<<<plan.blocks, B::kThreads, B::kSharedBytes, stream>>>(a);
   check_launch("attention_backward_kernel");
   if (g.d_weights != nullptr) {
-    attention_weights_kernel<<<1, 128, 0, stream>>>(a.weight_partials, plan.blocks, D, a.norm, g.d_weights);
+    attention_weights_kernel<D><<<1, 128, 0, stream>>>(a.weight_partials, plan.blocks, a.norm, a.norm.scale,
+                                                       g.d_weights);
     check_launch("attention_weights_kernel");
   }
 }
@@ -618,17 +609,22 @@ using Short = Backward<72, 3, 48, 3, true>;
 using Long = Backward<72, 2, 64, 3, false>;
 
 bool is_short(const stdit_attention& call) { return call.keys > Long::kKeys && call.keys <= Short::kKeys; }
+// Of more keys, seven products in two kernels are faster than five in one; they scale scores.
+bool is_long(const stdit_attention& call) { return !rounds_keys(call); }
 
 }  // namespace
 
 int64_t attention_backward_scratch(const stdit_attention& call) {
   if (call.key_starts != nullptr) return packed_backward_scratch(call);
+  if (is_long(call)) return long_backward_scratch(call);
   return is_short(call) ? plan_of<Short>(call).bytes : plan_of<Long>(call).bytes;
 }
 
 void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
   if (call.key_starts != nullptr) {
     packed_backward(call, gradients, stream);
+  } else if (is_long(call)) {
+    long_backward(call, gradients, stream);
   } else if (is_short(call)) {
     launch<Short>(call, gradients, stream);
   } else {

@@ -103,30 +103,54 @@ struct RawRows {
       }
     }
   }
+
+  // From 16 rows of an image (row_image.h) in shared memory, eight of which take group_bytes.
+  __device__ __forceinline__ void read_image(const char* image, int group_bytes) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        x[h][j] = *reinterpret_cast<const uint32_t*>(image + h * group_bytes + 128 * j + threadIdx.x % 32 * 4);
+      }
+    }
+  }
 };
 
 // Writes a warp's accumulators [16, D] as bfloat16. Neighbouring lanes exchange halves, so that a row is written in
-// pieces of 32 bytes.
-template <int D>
+// pieces of 32 bytes. AtOnce: all exchanges come before all stores, which takes D / 4 registers more; with a branch
+// around each store an exchange is waited for alone.
+template <int D, bool AtOnce = false>
 __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPair& to) {
+  constexpr int kPairs = D / 16;  // of eights of columns
   const int quarter = threadIdx.x % 4;
   const bool odd = quarter % 2 != 0;
   // Lanes 0 and 2 write the left eight columns of two eights, 1 and 3 the right.
   const int column = (odd ? 8 : 0) + quarter / 2 * 4;
+  const auto exchange = [&](int h, int j) {
+    const float* v = d + 8 * j + 2 * h;
+    const uint32_t left = pack(v[0], v[1]), right = pack(v[4], v[5]);
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+    return odd ? make_uint2(other, right) : make_uint2(left, other);
+  };
+  uint2 fours[2][kPairs];
+  if constexpr (AtOnce) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < kPairs; ++j) fours[h][j] = exchange(h, j);
+    }
+  }
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int j = 0; j + 1 < D / 8; j += 2) {
-      const uint32_t left = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
-      const uint32_t right = pack(d[4 * j + 4 + 2 * h], d[4 * j + 4 + 2 * h + 1]);
-      const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-      const uint2 four = odd ? make_uint2(other, right) : make_uint2(left, other);
-      if (to.there[h]) *reinterpret_cast<uint2*>(to.row[h] + 8 * j + column) = four;
+    for (int j = 0; j < kPairs; ++j) {
+      const uint2 four = AtOnce ? fours[h][j] : exchange(h, j);
+      if (to.there[h]) *reinterpret_cast<uint2*>(to.row[h] + 16 * j + column) = four;
     }
     if constexpr (D / 8 % 2 != 0) {
-      constexpr int j = D / 8 - 1;
-      const uint32_t two = pack(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
-      if (to.there[h]) *reinterpret_cast<uint32_t*>(to.row[h] + 8 * j + 2 * quarter) = two;
+      const float* v = d + 8 * kPairs + 2 * h;
+      const uint32_t two = pack(v[0], v[1]);
+      if (to.there[h]) *reinterpret_cast<uint32_t*>(to.row[h] + 16 * kPairs + 2 * quarter) = two;
     }
   }
 }
@@ -161,10 +185,11 @@ __device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
 // From the gradient of a normalised (and weighted) row to that of the row as it came, in place.
 //   d: a warp's accumulators [16, D]; raw: the rows as they came.
 //   weights: what the normalised row was multiplied by, times `scale` (null: 1).
-//   weight_sums: where the sums over rows of d * normalised row are added (null: nowhere).
+//   weight_sums: where the sums over rows of d * normalised row are added, if `sums_weights`. (Not a pointer that may
+//   be null: the compiler would not see that all lanes decide alike, and keep addresses out of uniform registers.)
 template <int D>
 __device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>& raw, bool normalised, float epsilon,
-                                             const float* weights, float scale, float* weight_sums) {
+                                             const float* weights, float scale, bool sums_weights, float* weight_sums) {
   float factor[2] = {1.0f, 1.0f};
   if (normalised) {
 #pragma unroll
@@ -180,7 +205,7 @@ __device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>
       factor[h] = rsqrtf(sum * (1.0f / D) + epsilon);
     }
   }
-  if (weight_sums != nullptr) {
+  if (sums_weights) {
     float sums[D / 4];
 #pragma unroll
     for (int j = 0; j < D / 8; ++j) {
@@ -223,6 +248,20 @@ __device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>
       }
     }
   }
+}
+
+// d_weights[0] = sum over blocks * k_weight * factor, d_weights[1] likewise with q_weight: both norms' weights only
+// appear as their product.
+template <int D>
+__global__ void __launch_bounds__(128)
+    attention_weights_kernel(const float* partials, int blocks, NormArguments norm, float factor, float* d_weights) {
+  const int i = threadIdx.x;
+  if (i >= D) return;
+  float sum = 0.0f;
+  for (int b = 0; b < blocks; ++b) sum += partials[static_cast<int64_t>(b) * D + i];
+  sum *= factor;
+  d_weights[i] = sum * norm.weight(norm.k_weight, i);
+  d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
 }
 
 }  // namespace stdit

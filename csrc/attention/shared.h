@@ -55,7 +55,7 @@ inline NormArguments norm_of(const stdit_attention& call) {
 
 // Up to so many keys their normalised rows are rounded to bfloat16 before they are multiplied; of more, what is multiplied
 // are the rows as they came, and the scores are scaled instead. Both passes must see the same scores.
-constexpr int64_t kMostRoundedKeys = int64_t{1} << 30;
+constexpr int64_t kMostRoundedKeys = 320;
 inline bool rounds_keys(const stdit_attention& call) { return call.keys <= kMostRoundedKeys; }
 
 inline HeadArray array_of(const stdit_heads& h) {

@@ -337,8 +337,9 @@ bool check_packed(const PackedShape& shape, unsigned seed) {
 int main() {
   const Shape shapes[] = {{1, 1, 1, true},   {2, 7, 3, true},   {3, 64, 1, true},   {1, 65, 2, true},
                           {2, 129, 1, true}, {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true},
-                          {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 385, 1, true},
-                          {1, 700, 1, true}, {1, 300, 1, false}};
+                          {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 321, 2, true},
+                          {1, 385, 1, true}, {5, 390, 30, true}, {1, 700, 1, true}, {1, 300, 1, false},
+                          {1, 449, 1, false}};
   bool good = true;
   unsigned seed = 1;
   for (const Shape& shape : shapes) good = check(shape, seed++) && good;

@@ -111,6 +111,7 @@ struct Wgmma;
 #define STDIT_D_32(mode) STDIT_PICK_16(mode, 0)
 #define STDIT_D_48(mode) STDIT_PICK_16(mode, 0), STDIT_PICK_8(mode, 16)
 #define STDIT_D_64(mode) STDIT_PICK_32(mode, 0)
+#define STDIT_D_72(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_4(mode, 32)
 #define STDIT_D_80(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_8(mode, 32)
 #define STDIT_D_96(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_16(mode, 32)
 #define STDIT_D_128(mode) STDIT_PICK_32(mode, 0), STDIT_PICK_32(mode, 32)
@@ -121,6 +122,8 @@ STDIT_WGMMA(32, STDIT_TEXT_0 ", " STDIT_TEXT_8, STDIT_D_32, 16, 17, 18, 19, 20, 
 STDIT_WGMMA(48, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16, STDIT_D_48, 24, 25, 26, 27, 28, 29)
 STDIT_WGMMA(64, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24, STDIT_D_64, 32, 33, 34, 35, 36,
             37)
+STDIT_WGMMA(72, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24 ", %32, %33, %34, %35",
+            STDIT_D_72, 36, 37, 38, 39, 40, 41)
 STDIT_WGMMA(80, STDIT_TEXT_0 ", " STDIT_TEXT_8 ", " STDIT_TEXT_16 ", " STDIT_TEXT_24 ", " STDIT_TEXT_32, STDIT_D_80, 40,
             41, 42, 43, 44, 45)
 STDIT_WGMMA(96,
@@ -150,6 +153,7 @@ STDIT_WGMMA(128,
 #undef STDIT_D_32
 #undef STDIT_D_48
 #undef STDIT_D_64
+#undef STDIT_D_72
 #undef STDIT_D_80
 #undef STDIT_D_96
 #undef STDIT_D_128

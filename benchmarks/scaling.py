@@ -4,6 +4,8 @@
     torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling mix --out scaling.jsonl
     python -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
     torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
+    python -m stdit_fast.benchmarks.scaling sample --out scaling.jsonl
+    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling sample --out scaling.jsonl
 
 A step is that of training but for the encoders: diffusion loss, backward, reduction of the gradients, the optimizer
 inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, full text.
@@ -12,6 +14,7 @@ inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, f
   process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for.
 - long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
   alone; and a trace of one step, from which follows how long communication runs alone.
+- sample: one guided prediction of a video of 64 frames, as sampling makes them, by one GPU or shared by all.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from stdit_fast.train.sampler import BatchRequest, BucketSampler
 TEXT_TOKENS = 200
 LONG = {"height": 720, "width": 1280}
 FRAMES_A_RANK = 16
+SAMPLED_FRAMES = 64
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
 SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
 VIDEO_FRAMES = 40, 2000
@@ -288,9 +292,49 @@ def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return out
 
 
+# --------------------------------------------------------------------- sample
+
+
+@torch.no_grad()
+def sample(processes: Processes, args: argparse.Namespace) -> Record:
+    """One prediction with guidance of SAMPLED_FRAMES frames: the transformer's work in a step of sampling."""
+    from stdit_fast import STDiT2, STDiT2Config
+    from stdit_fast.model.prediction import Predictor
+    from stdit_fast.parallel.groups import SequenceGroups
+    from stdit_fast.sample.shared import SharedPredictor
+
+    on_gpu = processes.device.type == "cuda"
+    torch.manual_seed(0)
+    width = {} if on_gpu else {"hidden_size": 48, "num_heads": 4, "caption_channels": 32}
+    with processes.device:
+        model = STDiT2(STDiT2Config(depth=args.depth, **width)).to(torch.bfloat16 if on_gpu else torch.float32).eval()
+    count = processes.world_size
+    shared = count > 1
+    predictor = SharedPredictor(model, SequenceGroups(processes, [count])[count]) if shared else Predictor(model)
+    shape = 2, 4, SAMPLED_FRAMES, args.height // 8, args.width // 8
+    x = torch.randn(shape, device=processes.device)
+    one, parameter = torch.ones(2, device=processes.device), next(model.parameters())
+    text = torch.randn(2, 1, TEXT_TOKENS, model.config.caption_channels, dtype=parameter.dtype, device=parameter.device)
+    scalars = {"num_frames": SAMPLED_FRAMES, "height": args.height, "width": args.width, "fps": 24}
+    scalars = {name: one * value for name, value in scalars.items()} | {"ar": one * args.height / args.width}
+    predictor.bind(model.encode_text(text), **scalars)
+    times = []
+    for i in range(args.warmup + args.steps):
+        if on_gpu:
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        predictor(x, torch.full((2,), 500, device=processes.device))
+        if on_gpu:
+            torch.cuda.synchronize()
+        times += [1000 * (time.perf_counter() - started)] if i >= args.warmup else []
+    case = f"one prediction with guidance, {args.height}x{args.width}, {SAMPLED_FRAMES} frames"
+    impl = f"{count} GPU{'s' * shared}"
+    return Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["mix", "long"])
+    parser.add_argument("what", choices=["mix", "long", "sample"])
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "train" / "configs" / "stage2.yaml"))
     parser.add_argument("--bucket_sizes", default="config", help="as in training: config, auto, or a table")
     parser.add_argument("--sequence_parallel", default="1", help="as in training, for the mix")
@@ -310,8 +354,10 @@ def main() -> int:
         config = parse(["--config", args.config, *options], checked=False)
         config.features.path = "given"  # nothing is encoded, which is what a table has to be measured for
         records = [mix(processes, config, args)]
-    else:
+    elif args.what == "long":
         records = long(processes, args)
+    else:
+        records = [sample(processes, args)]
     if processes.is_main:
         for record in records:
             shown = {k: v for k, v in record.notes.items() if k != "steps"}

@@ -168,48 +168,45 @@ def refusals(processes: Processes, group) -> dict[str, str]:
     }
 
 
-def training(arguments: list[str], processes: Processes) -> dict:
-    """A step's gradients against those of its batches on one process, and a short run."""
-    from stdit_fast.train.config import parse
-    from stdit_fast.train.trainer import Trainer
-
-    one = Trainer(parse(arguments))
+def training(one, processes: Processes) -> dict:
+    """Gradients of three steps of a trainer against those of their batches on one process."""
     torch.manual_seed(0)
     for p in one.state.model.parameters():
         if p.count_nonzero() == 0:
             torch.nn.init.normal_(p, std=0.05)
     batches = iter(one.data.loader(one.config, pin_memory=False))
-    kinds, losses, errors = [], [], []
+    kinds, errors = [], []
+    one.metrics = None
     for _ in range(3):
-        pairs = [next(batches) for _ in range(one.config.grad_accumulation)]
+        own = [next(batches) for _ in range(one.config.grad_accumulation)]
         found = {}
         one.optimizer.guarded_step = lambda _, found=found: found.update(gradients(one.state.model))
-        one.metrics = None
-        one.train_step(iter(pairs))
-        requests = [
-            b["request"] for part in processes.gather_objects([dict(request=b["request"]) for b in pairs]) for b in part
-        ]
+        one.train_step(iter(own))
+        requests = sum(processes.gather_objects([batch["request"] for batch in own]), [])
         whole = {(r.index, r.bucket): r for r in requests}.values()
         kinds.append(sorted(r.parts for r in whole))
         assert {r.step_batches for r in requests} == {len(whole)}
         for request in whole:
             batch = one.data.dataset[replace(request, parts=1, part=0)]
-            loss = one.losses(one.state.model, batch)["loss"].mean() / len(whole)
-            loss.backward()
-            losses.append(float(loss.detach()))
+            (one.losses(one.state.model, batch)["loss"].mean() / len(whole)).backward()
         want = gradients(one.state.model)
         errors += [float((found[k] - g).norm() / g.norm().clamp(min=1e-4)) for k, g in want.items()]
     del one.optimizer.guarded_step
+    one._pending = None
     return {"kinds": kinds, "worst": max(errors), "gradients": len(errors)}
 
 
-def short_run(arguments: list[str]) -> dict:
-    from stdit_fast.train.config import parse
-    from stdit_fast.train.trainer import Trainer
-
-    one = Trainer(parse(arguments))
-    path = one.train()
-    return {"path": str(path), "step": one.step}
+def different_data(one, processes: Processes) -> str:
+    """What a rank is told whose batch is another one."""
+    for batch in one.data.loader(one.config, pin_memory=False):
+        if batch["request"].parts > 1:
+            break
+    batch["fingerprint"] += processes.rank == 1
+    try:
+        one.losses(one.state.model, batch)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def sampling(group, run: Path, folder: Path) -> dict:
@@ -244,24 +241,10 @@ def sampling(group, run: Path, folder: Path) -> dict:
     }
 
 
-def different_data(arguments: list[str], processes: Processes) -> str:
-    """What a rank is told whose caption is another one."""
+def work(folder: Path, rank: int, arguments: list[str]) -> None:
     from stdit_fast.train.config import parse
     from stdit_fast.train.trainer import Trainer
 
-    one = Trainer(parse(arguments))
-    for batch in one.data.loader(one.config, pin_memory=False):
-        if batch["request"].parts > 1:
-            break
-    batch["fingerprint"] += processes.rank == 1
-    try:
-        one.losses(one.state.model, batch)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def work(folder: Path, rank: int, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     processes = launch(0)
@@ -276,9 +259,10 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
         result[f"prediction {size}"] = predictions(group)
         result[f"largest {size}"] = [group.largest(10 + rank), group.first + size + 9]
     result["refusals"] = refusals(processes, groups[processes.world_size])
-    result["training"] = training(arguments, processes)
-    result["different data"] = different_data(arguments, processes)
-    result["run"] = short_run(arguments)
+    one = Trainer(parse(arguments))
+    result["training"] = training(one, processes)
+    result["different data"] = different_data(one, processes)
+    result["run"] = {"path": str(one.train()), "step": one.step}
     result["sampling"] = sampling(groups[4], Path(result["run"]["path"]).parents[1], folder)
     (folder / f"{rank}.json").write_text(json.dumps(result))
     processes.close()

@@ -42,7 +42,7 @@ def as_it_was():
 
 @pytest.fixture(scope="module")
 def run_arguments(table, tmp_path_factory):
-    """A run of 2 steps whose batches need 1, 2 and 4 ranks, from a checkpoint of one process that shares nothing."""
+    """A run of 5 steps whose batches need 1, 2 and 4 ranks, from a checkpoint of one process that shares nothing."""
     from stdit_fast.train.config import parse
     from stdit_fast.train.trainer import Trainer
 
@@ -50,7 +50,7 @@ def run_arguments(table, tmp_path_factory):
     started = Trainer(parse(arguments(table, folder / "alone", steps=1))).train()
     buckets = {"buckets": "{64p: {1: [1.0, 2], 4: [0.5, 2], 7: [1.0, 1]}}", "mask_ratios": MASKS}
     shared = {"sequence_parallel": "{64p: {4: 2, 7: 4}}", "load": started, "grad_accumulation": 2}
-    return arguments(table, folder / "shared", steps=2, **buckets, **shared)
+    return arguments(table, folder / "shared", steps=5, **buckets, **shared)
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +137,14 @@ def test_checkpoints_move_between_groups_and_one_process(results, run_arguments,
     from stdit_fast.train.config import parse
     from stdit_fast.train.trainer import Trainer
 
-    assert [result["run"]["step"] for result in results] == [2] * PROCESSES
-    changes = ["--sequence_parallel", "1", "--steps", "3"]
+    assert [result["run"]["step"] for result in results] == [5] * PROCESSES
+    changes = ["--sequence_parallel", "1", "--steps", "6"]
     one = Trainer(parse([*run_arguments, *changes]))
-    assert one.step == 2
+    assert one.step == 5
     weights = load_file(Path(results[0]["run"]["path"], "model", "model.safetensors"))
     for name, master in zip(one.state.names, one.optimizer.masters, strict=True):
         assert torch.equal(master, weights[name])
-    assert one.train().name == "step-00000003"
+    assert one.train().name == "step-00000006"
 
 
 def test_parts_differ_by_one_at_most():

@@ -362,6 +362,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       turns.pass();
       wgmma_wait<1>();
       const bool rescale = exponentiate(width, tile, kv.stage);
+      hold(front<decltype(width)::value / 2>(scores));  // while p v of the tile before is made, not after
       wgmma_wait<0>();
       hold(o);
       if (leaves) arrive_warp(s.kv_empty[before.stage]);

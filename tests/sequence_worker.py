@@ -209,6 +209,27 @@ def different_data(one, processes: Processes) -> str:
     return ""
 
 
+def out_of_memory(one) -> str:
+    """What is said where a shared batch does not fit; all ranks are made to fail alike here."""
+    real, said = one._forward_backward, ""
+
+    def fail(batch, own):
+        if batch["request"].parts > 1:
+            raise torch.OutOfMemoryError("no memory")
+        return real(batch, own)
+
+    one._forward_backward = fail
+    for batch in one.data.loader(one.config, pin_memory=False):
+        try:
+            one._accumulate([batch], torch.zeros(3), dict.fromkeys(("truncated", "out_of_memory"), 0.0))
+        except RuntimeError as error:
+            said = f"{type(error).__name__}: {error}"
+            break
+    del one._forward_backward
+    one.optimizer.zero_grad()
+    return said
+
+
 def sampling(group, run: Path, folder: Path) -> dict:
     """Latents of a shared pipeline against those of one process, and what the command line makes of a run."""
     from stdit_fast.diffusion.schedulers import make_scheduler
@@ -262,6 +283,7 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
     one = Trainer(parse(arguments))
     result["training"] = training(one, processes)
     result["different data"] = different_data(one, processes)
+    result["out of memory"] = out_of_memory(one)
     result["run"] = {"path": str(one.train()), "step": one.step}
     result["sampling"] = sampling(groups[4], Path(result["run"]["path"]).parents[1], folder)
     (folder / f"{rank}.json").write_text(json.dumps(result))

@@ -133,6 +133,14 @@ def test_ranks_that_see_different_data_are_told(results):
     assert sum(bool(result["different data"]) for result in results) >= 2
 
 
+def test_a_shared_batch_that_does_not_fit_says_what_would(results):
+    for rank, result in enumerate(results):
+        said = result["out of memory"]
+        assert re.match(rf"TrainingError: rank {rank} ran out of memory with \d samples of 64p-[47]-.* share", said), (
+            said
+        )
+
+
 def test_checkpoints_move_between_groups_and_one_process(results, run_arguments, tmp_path):
     from stdit_fast.train.config import parse
     from stdit_fast.train.trainer import Trainer

@@ -252,15 +252,22 @@ class Trainer:
             own: counts of the step so far, of which those of the passes are kept.
 
         Raises:
-            torch.OutOfMemoryError: a single sample does not fit, or other processes share a batch of the step.
+            torch.OutOfMemoryError: a single sample does not fit.
+            TrainingError: other processes share a batch of the step, and wait inside this pass.
         """
         batch = batches[-1]
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
         try:
             return sums + self._forward_backward(batch, own)
-        except torch.OutOfMemoryError:
-            shared = any(b["request"].parts > 1 for b in batches)  # by processes that wait inside this pass
-            if shared or not self.pieces.halve(bucket, samples):
+        except torch.OutOfMemoryError as error:
+            shared = max(b["request"].parts for b in batches)
+            if shared > 1:
+                raise TrainingError(
+                    f"rank {self.processes.rank} ran out of memory with {samples} samples of {bucket.name} in a step "
+                    f"of which {shared} ranks share a batch, so that it cannot be run in pieces. Use a smaller batch "
+                    "size for this bucket, or more ranks to share it (sequence_parallel)"
+                ) from error
+            if not self.pieces.halve(bucket, samples):
                 raise
         # Out here, where the exception no longer holds what its frames had.
         own["out_of_memory"] += 1

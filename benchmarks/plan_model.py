@@ -70,13 +70,13 @@ class Network:
         inside: bytes a second that a GPU sends to those of its node, as NCCL's bus bandwidth.
         across: bytes a second that a GPU sends to other nodes.
         per_node: GPUs of a node.
-        overlapped: whether gradients travel during the backward pass.
+        overlapped: whether gradients travel during the backward pass; training sends them after it.
     """
 
     inside: float = 335e9
     across: float = 50e9
     per_node: int = 8
-    overlapped: bool = True
+    overlapped: bool = False
 
     def pass_seconds(self, gpus: int) -> Interval:
         """A reduce-scatter of all gradients, or an all-gather of all weights, alone: (N - 1) / N of their bytes."""

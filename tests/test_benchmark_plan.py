@@ -105,14 +105,14 @@ def test_probes_of_a_sweep(tmp_path):
 
 
 def test_communication():
-    network = Network(inside=300e9, across=50e9, per_node=8)
+    network = Network(inside=300e9, across=50e9, per_node=8, overlapped=True)
     assert network.pass_seconds(1) == (0, 0, 0)
     assert network.pass_seconds(2).mid == pytest.approx(767e6 * 2 / 2 / 300e9)
     far = network.pass_seconds(64)
     assert far.low == pytest.approx(767e6 * 2 * 63 / 64 / 50e9) and far.high == pytest.approx(2 * far.low)
     step = Interval.of(0.3)
     assert network.exposed_seconds(64, step) == pytest.approx((far.low, far.mid, 2 * far.high))  # gradients are hidden
-    alone = Network(inside=300e9, across=50e9, per_node=8, overlapped=False)
+    alone = Network(inside=300e9, across=50e9, per_node=8)
     assert alone.exposed_seconds(64, step).mid == pytest.approx(2 * far.mid)
     assert network.exposed_seconds(64, Interval.of(0.03)).mid == pytest.approx(2 * far.mid - 0.02)
 
@@ -254,6 +254,25 @@ def test_a_run_is_held_against_its_projection(tmp_path, capsys):
     other = write_metrics(tmp_path / "c.jsonl", [("144p-16-0.56", 6)])  # half the table's batch size
     assert plan.main(["--check", other, "--table", table]) == 0
     assert "extrapolated" in capsys.readouterr().out
+
+
+def test_recorded_steps_are_held_against_their_projection(tmp_path, capsys):
+    """Of another batch size than the table's, by a fit that knows what a step takes whatever its batch."""
+    times = Times.of_table(bucket_tables.read(made_up_table(tmp_path)))
+    works = [
+        work(f, h, w, b) for f, h, w, b in ((1, 144, 256, 9), (16, 144, 256, 6), (1, 512, 512, 9), (96, 144, 256, 1))
+    ]
+    times.fit = Fit.to(works, [float(SECONDS @ w) for w in works])
+    path = tmp_path / "train_step.jsonl"
+    for case, scale in (("144p-16-6-features", 1.0), ("144p-16-12-online", 9.0), ("144p-1-48-features", 1.02)):
+        frames, batch = map(int, case.split("-")[1:3])
+        ms = 1e3 * scale * float(SECONDS @ work(frames, 144, 256, batch)) / 0.8
+        notes = {"wait_share": 0.2, "steps": 5}
+        append(path, [Record("train_step", case, "stdit_fast", ms, ms, ms, device="G", versions={}, notes=notes)])
+    lines, inside = plan_check.check_run(path, times)
+    assert inside and len(lines) == 5
+    assert lines[2].startswith("144p-16-0.56") and "+0.0%  extrapolated" in lines[2]
+    assert lines[3].startswith("144p-1-0.56") and lines[3].endswith("+2.0%")
 
 
 def test_what_cannot_be_planned_is_refused(tmp_path, capsys):

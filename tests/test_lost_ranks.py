@@ -5,12 +5,13 @@ import re
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import test_training
 from test_training import arguments, losses, wait_for_step
 
-from stdit_fast.parallel.watchdog import EXIT_STATUS
+from stdit_fast.parallel.watchdog import BESIDE, COMPUTING, EXIT_STATUS, Place, _lost
 
 table = test_training.table  # a fixture
 
@@ -72,3 +73,17 @@ def test_a_rank_that_hangs_is_named_with_its_place():
     )
     for rank in (0, 1):
         assert re.search(standing.format(rank), done.stderr), done.stderr
+
+
+def test_silence_is_judged_by_what_a_rank_was_doing():
+    places = [Place(rank, "node", f"machine {rank}", 1, step=3, phase=COMPUTING) for rank in range(2)]
+    assert _lost([(places[0], 95.0), (places[1], 85.0)], "here", 100.0, 20.0) == ""
+    said = _lost([(places[0], 95.0), (places[1], 75.0)], "here", 100.0, 20.0)
+    assert said == "rank 1 (node, process 1) at step 3, forward and backward is lost: nothing was heard of it for 25 s"
+    writing = replace(places[1], phase=BESIDE)
+    assert _lost([(writing, -150.0)], "here", 100.0, 20.0) == ""
+    assert _lost([(writing, -250.0)], "here", 100.0, 20.0)
+    assert _lost([(replace(writing, done=True), -250.0)], "here", 100.0, 20.0) == ""
+    assert "has failed: ValueError: no" in _lost(
+        [(replace(writing, error="ValueError: no"), 99.0)], "here", 100.0, 20.0
+    )

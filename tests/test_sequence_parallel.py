@@ -17,8 +17,8 @@ from sequence_worker import DEPTH
 from test_training import arguments
 
 from stdit_fast.errors import ConfigError
-from stdit_fast.parallel.groups import check_split
-from stdit_fast.parallel.sequence import bounds
+from stdit_fast.parallel.groups import SequenceGroup, check_split
+from stdit_fast.parallel.sequence import FrameSwitch, bounds
 
 MASKS = "{mask_no: 0.4, mask_quarter_head: 0.3, mask_quarter_random: 0.3}"
 table = test_training.table  # a fixture
@@ -162,6 +162,18 @@ def test_parts_differ_by_one_at_most():
             sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
             assert edges[0] == 0 and edges[-1] == total and len(sizes) == parts
             assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("frames, positions", [(9, 3641), (5, 6554), (33, 993), (8, 8)])
+def test_all_ranks_cut_the_same_chunks(frames, positions):
+    """Also where the number of tokens from which on there are two lies between what two ranks have."""
+    chunks = []
+    for rank in range(2):
+        group = SequenceGroup(2, rank, 0, None, None)
+        chunks.append(FrameSwitch(group, frames)._chunks(1, positions))
+    assert chunks[0] == chunks[1]
+    covered = sorted(i for chunk in chunks[0] for part in chunk for i in range(positions)[part])
+    assert covered == list(range(positions))
 
 
 def test_a_split_without_work_for_some_rank():

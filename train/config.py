@@ -231,7 +231,8 @@ class TrainConfig:
         resume: go on from the newest checkpoint in `outputs`, if there is one.
         ckpt_every: steps between checkpoints; keep_checkpoints: how many stay.
         log_every: steps between lines in TensorBoard (metrics.jsonl has every step).
-        dead_after: seconds of silence after which another process counts as lost, and this one ends with its name.
+        dead_after: seconds of silence in a step after which another process counts as lost, and this one ends with its
+            name; 300 beside steps.
         hang_timeout: seconds without any process getting on after which they end, with the name of the latest one.
         max_skipped_in_a_row: non-finite steps in a row that stop the run.
         wandb: log to Weights & Biases too.

@@ -82,7 +82,7 @@ class FrameSwitch:
         """
         batch, frames, positions, channels = u.shape
         check_split(self.group.size, self.num_frames, positions)
-        chunks = self._chunks(batch * frames * positions, positions)
+        chunks = self._chunks(batch, positions)
         there = [_Transfer(self, batch, channels, chunk) for chunk in chunks]
         back = [_Transfer(self, batch, channels, chunk) for chunk in chunks]
         arriving = _Depart.apply(u, there)
@@ -96,7 +96,7 @@ class FrameSwitch:
     def there_and_back(self, u: Tensor) -> Tensor:
         """u [B, T/n, S, C] through both all-to-alls, with nothing between them; it comes back as it was."""
         out = torch.empty_like(u)
-        for chunk in self._chunks(u.shape[:3].numel(), u.shape[2]):
+        for chunk in self._chunks(u.shape[0], u.shape[2]):
             there, back = (_Transfer(self, u.shape[0], u.shape[3], chunk) for _ in range(2))
             there.send_columns(u)
             back.send_frames(there.receive_all_frames())
@@ -107,8 +107,9 @@ class FrameSwitch:
         """The largest of the group's counts: all ranks have to recompute the same blocks."""
         return self.group.largest(count)
 
-    def _chunks(self, tokens: int, positions: int) -> list[list[slice]]:
-        """For each chunk, the positions of it that each rank has."""
+    def _chunks(self, batch: int, positions: int) -> list[list[slice]]:
+        """For each chunk, the positions of it that each rank has; all ranks have to see the same ones."""
+        tokens = batch * self.num_frames * positions // self.group.size  # not this rank's own, which may be others
         edges = bounds(positions, self.group.size)
         wanted = self.chunks or (2 if tokens >= TOKENS_FOR_TWO_CHUNKS else 1)
         count = max(1, min(wanted, positions // self.group.size))
@@ -153,7 +154,9 @@ class _Transfer:
 
     def send_columns(self, x: Tensor) -> Tensor:
         """Sends x [B, T/n, S, C] to those who have its positions; the token."""
-        packed = torch.cat([x[:, :, c].flatten() for c in self.columns])
+        packed = x.new_empty(sum(self.by_columns))
+        for part, c in zip(packed.split(self.by_columns), self.columns, strict=True):
+            part.view(self.batch, self.own_frames, -1, self.channels).copy_(x[:, :, c])
         return self._send(packed, self.by_columns, self.by_frames)
 
     def send_frames(self, x: Tensor) -> Tensor:
@@ -161,7 +164,9 @@ class _Transfer:
         if self.batch == 1:  # as it is
             packed = x.contiguous().flatten()
         else:
-            packed = torch.cat([part.flatten() for part in x.split(self.all_frames, dim=1)])
+            packed = x.new_empty(sum(self.by_frames))
+            for part, own in zip(packed.split(self.by_frames), x.split(self.all_frames, dim=1), strict=True):
+                part.view_as(own).copy_(own)
         return self._send(packed, self.by_frames, self.by_columns)
 
     def _send(self, packed: Tensor, sizes: list[int], sizes_back: list[int]) -> Tensor:

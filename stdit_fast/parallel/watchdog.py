@@ -4,7 +4,7 @@ Every rank writes a line about itself into the launcher's key-value store every 
 is (step, phase, bucket). Rank 0 reads all of them, the others read rank 0's and its verdict; so the store answers some
 requests a rank, not the square of them. A thread does this beside the training, which may be stuck in a collective.
 
-- Lost: the process is gone (seen at once on the same machine), or was silent for `dead_after` seconds.
+- Lost: the process is gone (seen at once on the same machine), or was silent for `dead_after` seconds in a step.
 - Failed: it left an error before it went.
 - Late: no rank gets on for `hang_timeout` seconds; the one that is least far is named.
 """
@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_STATUS = 75  # "try again": the launcher may start the run anew from its last checkpoint
 LOADING, COMPUTING, UPDATING, BESIDE = "loading a batch", "forward and backward", "the optimizer's step", "beside steps"
+# Seconds of silence that are allowed beside steps: libraries that write gigabytes let no other thread run meanwhile.
+SILENCE_BESIDE = 300.0
 _ORDER = (LOADING, COMPUTING, UPDATING)
 
 
@@ -78,7 +80,7 @@ class Watchdog:
     training is stuck, it ends the process, with EXIT_STATUS.
 
     Args:
-        dead_after: seconds of silence after which a rank counts as lost.
+        dead_after: seconds of silence in a step after which a rank counts as lost; beside steps SILENCE_BESIDE.
         hang_timeout: seconds without any rank's progress after which the run is ended.
         every: seconds between two lines.
     """
@@ -229,7 +231,8 @@ def _lost(seen: list[tuple[Place, float]], machine: str, now: float, dead_after:
             continue
         if place.machine == machine and not _lives(place.pid):
             return f"{place} is lost: its process has ended"
-        if now - when > dead_after:
+        allowed = max(dead_after, SILENCE_BESIDE) if place.phase == BESIDE else dead_after
+        if now - when > allowed:
             return f"{place} is lost: nothing was heard of it for {now - when:.0f} s"
     return ""
 

@@ -78,6 +78,9 @@ class SequenceGroups:
         if self.processes.device.type == "cuda":
             # ProcessGroupMesh would answer with the group of the same ranks that it has already.
             host = ProcessGroupMesh(world_size // size, size).get_group_along_axis(1, backend="gloo")
+        # Connections are opened now, with their memory, and not in the middle of a step.
+        values = torch.zeros(size, device=self.processes.device)
+        dist.all_to_all_single(torch.empty_like(values), values, group=device)
         place = int(mesh.coordinate(1))
         return SequenceGroup(size, place, rank - place, device, host)
 

@@ -220,6 +220,7 @@ def tables() -> dict[str, str]:
         "attention h200": attention_table(results / "attention.jsonl"),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
+        "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
     }
 

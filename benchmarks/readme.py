@@ -214,10 +214,11 @@ def tables() -> dict[str, str]:
     """Every generated part of the README by its name."""
     results, h100 = (ROOT / "benchmarks" / "results" / gpu for gpu in ("h200", "h100"))
     return {
+        "step h100": step_table(h100 / "step.jsonl"),
         "step h200": step_table(results / "step.jsonl"),
         "sample h200": sample_table(results / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
-        "attention h200": attention_table(results / "attention.jsonl"),
+        "attention h100": attention_table(h100 / "attention.jsonl"),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),

@@ -362,10 +362,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       turns.pass();
       wgmma_wait<1>();
       const bool rescale = exponentiate(width, tile, kv.stage);
-      // While p v of the tile before is made: the compiler would put the exponentials after that. It cannot where a wait
-      // (for what is there) depends on their sums, though only as if one could be negative.
-      const bool never = rows[0].sum + rows[1].sum < 0.0f;
-      k_ready[kv.stage].wait(kv.parity ^ static_cast<uint32_t>(never));
+      hold(front<decltype(width)::value / 2>(scores));  // while p v of the tile before is made, not after
       wgmma_wait<0>();
       hold(o);
       if (leaves) arrive_warp(s.kv_empty[before.stage]);

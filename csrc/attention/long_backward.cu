@@ -361,10 +361,6 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
       wgmma_wait<1>();
       differentiate(kv.stage);
       if (last) mask_end();
-      // While ds k of the tile before is made: the compiler would put most of it after that, but not beyond a branch, which
-      // is what this wait is, for what is there.
-      hold(dp);
-      s.kv_full[kv.stage].wait(kv.parity);
       wgmma_wait<0>();
       hold(d_q);
       arrive_warp(s.kv_empty[before]);
@@ -617,11 +613,6 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
       if (all) turns.pass();
       wgmma_wait<2>();
       differentiate(q.stage);
-      // While the gradients of the tile before are made: the compiler would put most of it after that, but not beyond a
-      // branch, which is what this wait is, for what is there.
-      hold(p);
-      hold(dp);
-      s.q_full[q.stage].wait(q.parity);
       wgmma_wait<0>();
       hold(d_v);
       hold(d_k);

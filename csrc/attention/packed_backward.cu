@@ -212,9 +212,7 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
       ask_gradient(whole, before);
       wgmma_wait<1>();
       differentiate(width, tile);
-      // While ds k of the tile before is made (see below).
-      hold(front<decltype(width)::value / 2>(dp));
-      s.kv_full[kv.stage].wait(kv.parity);
+      hold(front<decltype(width)::value / 2>(dp));  // while ds k of the tile before is made, not after
       wgmma_wait<0>();
       hold(d_q);
       if (leaves) arrive_warp(s.kv_empty[before]);
@@ -532,11 +530,15 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
       turns.pass();
       wgmma_wait<1>();
       differentiate(q.stage);
-      // While the gradients of the tile before are made: the compiler would put most of it after that, but not beyond a
-      // branch, which is what this wait is, for what is there.
+      // While the gradients of the tile before are made: the compiler would put most of it after them, but not beyond a
+      // branch, as this wait is one.
       hold(p);
       hold(dp);
-      s.q_full[q.stage].wait(q.parity);
+      if (tile + 1 < tiles) {
+        RingPlace<G::kStages> after = q;
+        after.next();
+        s.q_full[after.stage].wait(after.parity);
+      }
       wgmma_wait<0>();
       hold(d_v);
       hold(d_k);

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import test_training
 import torch
+from conftest import relative_error
 from safetensors.torch import load_file
 from sequence_worker import DEPTH
+from test_fused_model import inputs, masked, models, on_device, step
 from test_training import arguments
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.parallel.groups import SequenceGroup, check_split
-from stdit_fast.parallel.sequence import FrameSwitch, bounds
+from stdit_fast.parallel.sequence import FrameSwitch, bounds, split_frames
 
 MASKS = "{mask_no: 0.4, mask_quarter_head: 0.3, mask_quarter_random: 0.3}"
 table = test_training.table  # a fixture
@@ -162,6 +164,28 @@ def test_parts_differ_by_one_at_most():
             sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)]
             assert edges[0] == 0 and edges[-1] == total and len(sizes) == parts
             assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+
+
+def test_kernels_behind_the_switch(monkeypatch):
+    """One process that switches with itself: fused ops on what arrives, forward and backward, against plain PyTorch."""
+
+    class Arrived:
+        def wait(self):
+            pass
+
+    def to_itself(out, given, *sizes, group, async_op):
+        assert sizes == ([given.numel()], [given.numel()]) and async_op
+        out.copy_(given)
+        return Arrived()
+
+    monkeypatch.setattr("torch.distributed.all_to_all_single", to_itself)
+    fused, plain = models(depth=1)
+    given = masked(on_device(inputs(batch=2, frames=2, height=2, width=6)))
+    want = step(plain, given)
+    with split_frames(fused, FrameSwitch(SequenceGroup(1, 0, 0, None, None), 2, chunks=2)):
+        got = step(fused, given)
+    for name, value in want.items():
+        assert relative_error(got[name], value) <= 1e-4, name
 
 
 @pytest.mark.parametrize("frames, positions", [(9, 3641), (5, 6554), (33, 993), (8, 8)])

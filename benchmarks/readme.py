@@ -122,7 +122,7 @@ def train_step_table(path: Path) -> str:
         own = r["notes"]["parts"]
         times = [*(own[part] for part in parts), own["forward"] + own["backward"], own["optimizer"]]
         blocks = r["notes"]["checkpointed_blocks"]
-        case = f"{r['case']}, {blocks} blocks recomputed" if blocks else r["case"]
+        case = f"{r['case']}, {blocks} of the blocks recomputed" if blocks else r["case"]
         cells = [f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})", *(f"{ms:.1f}" for ms in times)]
         cells += [f"{r['notes']['transformer_share']:.1%}", f"{r['peak_gib']:.1f}"]
         rows.append(f"| {case} | {' | '.join(cells)} |")
@@ -221,6 +221,7 @@ def tables() -> dict[str, str]:
         "attention h100": attention_table(h100 / "attention.jsonl"),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
+        "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
     }

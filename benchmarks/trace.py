@@ -19,12 +19,12 @@ from stdit_fast.media.files import whole_file
 
 # The first that a kernel's name matches.
 KINDS = (
-    ("copies, clearing", "memcpy|memset|copy_|fill|Memcpy|Memset|CatArray|cat_"),
+    ("copies, clearing", "memcpy|memset|CatArray|FillFunctor|copy_kernel|nocast"),
     ("attention", "attention|flash|fmha|sdpa|softmax"),
-    ("optimizer, average", "adam|ema|multi_tensor|norm_partial|foreach|square"),
-    ("convolutions", "conv|cudnn|implicit|xmma_fprop|nhwc|nchw"),
+    ("optimizer, average", "adamw|ema_update|multi_tensor|foreach"),
+    ("convolutions", "fprop|conv|cudnn|implicit"),
     ("matrix products", "gemm|nvjet|cutlass|cublas|splitK|gemv|matmul"),
-    ("norms, gates, activation", "norm|gate|residual|modulate|gelu|silu|_sum_rows|rms|welford|GroupNorm"),
+    ("norms, gates, activation, sums", "norm|gate|residual|modulate|gelu|silu|_sum_rows|rms"),
     ("others", ""),
 )
 COLOURS = ("#9a9a9a", "#d1495b", "#6a4c93", "#2a9d8f", "#1d6fb8", "#edae49", "#444444")

@@ -438,6 +438,31 @@ def test_a_capture_that_fails_is_named_once_and_survived(monkeypatch, caplog):
     assert "as said by the test" in caplog.text
 
 
+def test_a_captured_bucket_needs_no_memory(monkeypatch):
+    """It runs as its graph, even if all memory is taken: also by its own graph."""
+    fused, _ = models()
+    fused.set_checkpointing("auto")
+    fused.graphs = graphs = BlockGraphs(fused)
+    monkeypatch.setattr(fused, "_count_checkpointed", lambda tokens: 1)
+    monkeypatch.setattr(fused, "_graph", lambda *sizes: "its graph")
+    monkeypatch.setattr(graphs, "run", lambda graph, *given: fused._run_blocks(*given))
+    given = on_device(CASES["image"]())
+    seen = []
+    monkeypatch.setattr(graphs, "has", lambda *sizes: seen.append(sizes) or len(seen) > 1)
+    fused(**given)
+    assert not fused.last_graphed and fused.last_checkpointed == 1
+    fused(**given)
+    assert fused.last_graphed and fused.last_checkpointed == 0
+    fused.set_checkpointing(1)
+    fused(**given)
+    assert not fused.last_graphed and len(seen) == 2
+    monkeypatch.undo()
+    (x, modulation, length), _ = seen
+    assert not graphs.has(x, modulation, length)
+    graphs._graphs[x.shape, modulation.shape, len(x) * length, x.dtype, x.device] = "its graph"
+    assert graphs.has(x, modulation, length) and not graphs.has(x, modulation, length + 1)
+
+
 def test_graphs_notice_other_parameters():
     fused, _ = models()
     graphs = BlockGraphs(fused)

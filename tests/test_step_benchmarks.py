@@ -55,8 +55,8 @@ def test_cases_that_cannot_be_are_refused_first(case, message):
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
         ("void stdit::(anonymous namespace)::attention_forward<80>()", "attention"),
         ("_cross_attention_forward", "attention"),
-        ("_gate_residual_layer_norm_modulate_backward", "norms, gates, activation"),
-        ("void stdit::adamw_update<float>()", "optimizer, average"),
+        ("_gate_residual_layer_norm_modulate_backward", "norms, gates, activation, sums"),
+        ("void stdit::(anonymous namespace)::adamw_update_kernel<__nv_bfloat16>", "optimizer, average"),
         ("Memcpy HtoD (Pinned -> Device)", "copies, clearing"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16", "convolutions"),
         ("void at::native::vectorized_elementwise_kernel<4, at::native::exp_kernel>", "others"),
@@ -91,7 +91,8 @@ def test_the_tables_of_steps_and_loading(tmp_path):
     loading = {"suite": "loading", "case": "loader-a", "impl": "x", "ms": 50.0, "peak_gib": None, "notes": notes}
     for name, record in (("step", step), ("loading", loading)):
         (tmp_path / name).write_text(json.dumps(common | record) + "\n")
-    assert "| a-1-2-online, 3 blocks recomputed | 100 (90 to 120) | 1.0 | 20.0 | 5.0 | 65.0 | 9.0 | 65.0% | 50.0 |" in (
-        readme.train_step_table(tmp_path / "step")
+    assert (
+        "| a-1-2-online, 3 of the blocks recomputed | 100 (90 to 120) | 1.0 | 20.0 | 5.0 | 65.0 | 9.0 | 65.0% | 50.0 |"
+        in (readme.train_step_table(tmp_path / "step"))
     )
     assert "| loader-a | 50.0 | 20.0 | 4 |" in readme.loading_table(tmp_path / "loading")

@@ -60,8 +60,7 @@ class BlockGraphs:
         if not x.is_cuda or x.shape[:3].numel() > MAX_TOKENS or torch.cuda.is_current_stream_capturing():
             return None
         self._forget_if_parameters_moved()
-        capacity = x.shape[0] * max_tokens
-        key = (x.shape, modulation.shape, capacity, x.dtype, x.device)
+        capacity, key = x.shape[0] * max_tokens, _key(x, modulation, max_tokens)
         if key not in self._graphs:
             self._seen[key] = self._seen.get(key, 0) + 1
             if self._seen[key] <= SEEN_BEFORE or len(self._graphs) >= MAX_GRAPHS or key in self._refused:
@@ -73,6 +72,10 @@ class BlockGraphs:
                 logger.warning("No CUDA graph for tokens of shape %s, which run as usual: %s", list(x.shape), error)
                 return None
         return self._graphs[key]
+
+    def has(self, x: Tensor, modulation: Tensor, max_tokens: int) -> bool:
+        """Whether this bucket was captured: its step takes no memory beyond the graphs' own."""
+        return _key(x, modulation, max_tokens) in self._graphs
 
     def run(
         self, graph: "_Graph", x: Tensor, modulation: Tensor, text: Tensor, layout: ops.TextLayout, rotation: Tensor
@@ -108,6 +111,10 @@ class BlockGraphs:
         self._graphs[key] = _Graph(self, x, modulation, layout, capacity, max_tokens)
         torch.cuda.synchronize(x.device)
         self.pool_bytes += max(0, torch.cuda.memory_reserved(x.device) - before)
+
+
+def _key(x: Tensor, modulation: Tensor, max_tokens: int) -> tuple:
+    return x.shape, modulation.shape, x.shape[0] * max_tokens, x.dtype, x.device
 
 
 class _Graph:

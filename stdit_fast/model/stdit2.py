@@ -343,8 +343,12 @@ class STDiT2(PreTrainedModel):
         text, layout = y if isinstance(y, TextContext) else self._embed_text(y, mask, drop_caption)
         rotation = ops.rotation_table(self.rope.freqs, x.shape[2] if self.switch is None else self.switch.num_frames)
         modulation = torch.cat((spatial, temporal), dim=-1)
-        self.last_checkpointed = self._count_checkpointed(tokens)
-        graph = None if self.last_checkpointed else self._graph(tokens, modulation, layout)
+        graph = self._graph(tokens, modulation, layout) if self._has_graph(tokens, modulation) else None
+        if graph is None:
+            self.last_checkpointed = self._count_checkpointed(tokens)
+            graph = None if self.last_checkpointed else self._graph(tokens, modulation, layout)
+        else:  # whatever else is in memory by now, the graph's place is its own
+            self.last_checkpointed = 0
         self.last_graphed = graph is not None
         if graph is not None:
             tokens, branch = self.graphs.run(graph, tokens, modulation, text, layout, rotation)
@@ -501,6 +505,12 @@ class STDiT2(PreTrainedModel):
         run as usual, and so do the first steps of each.
         """
         self.graphs = BlockGraphs(self) if wanted else None
+
+    def _has_graph(self, tokens: Tensor, modulation: Tensor) -> bool:
+        """Whether a graph of this bucket was captured, and no number of blocks to recompute was asked for."""
+        if self.graphs is None or self.switch is not None or self.checkpointed_blocks not in ("auto", 0):
+            return False
+        return self.graphs.has(tokens, modulation, self.config.model_max_length)
 
     def _count_checkpointed(self, tokens: Tensor) -> int:
         if not torch.is_grad_enabled():

@@ -182,16 +182,18 @@ def times_of(folder: Path, stage: str, encoders: bool) -> Times | None:
 
 @functools.cache
 def fitted_times() -> Times:
-    """Where there is no table: a fit to the sweep's probes among the results, or else to whole steps."""
-    probes = RESULTS / "h100" / "sweep.jsonl"
-    if probes.is_file() and (found := Times.of_probes(probes)) is not None:
-        return found
+    """Where there is no table: a fit to the sweep's probes or to whole steps among the results, whichever is closer."""
     problems = []
-    for path in (p for gpu in ("h100", "h200") if (p := RESULTS / gpu / "step.jsonl").is_file()):
-        try:
-            return Times.of_records(path)
-        except ConfigError as error:
-            problems.append(str(error))
+    for gpu in ("h100", "h200"):
+        found = []
+        for name, read in (("sweep", Times.of_probes), ("step", Times.of_records)):
+            path = RESULTS / gpu / f"{name}.jsonl"
+            try:
+                found += [read(path)] if path.is_file() else []
+            except ConfigError as error:
+                problems.append(str(error))
+        if any(found):
+            return min(filter(None, found), key=lambda times: times.fit.error)
     raise ConfigError("tables", "none", f"no step was measured; run stdit_fast.benchmarks.sweep. {' '.join(problems)}")
 
 
@@ -315,7 +317,8 @@ def _basis(recipe: Recipe, rows: list[Row], args: argparse.Namespace, sizes: Siz
     )
     lines += [f"  extrapolated: a fit to {f.points} steps, residuals {f.error:.1%}, counted twice" for f in fits]
     if any(r.times.extra for r in rows):
-        lines.append("  those steps had no optimizer: PyTorch's AdamW and average were added, 23 ms, give or take half")
+        extra = max(r.times.extra for r in rows)
+        lines.append(f"  those steps had no optimizer: {1e3 * extra:.0f} ms were added, give or take half")
     encoders = our_encoders(recipe, args)
     waiting = [max(r.features.waiting[i] / r.features.step_seconds.mid for r in rows) for i in (1, 2)]
     kinds = {True: "with a table of the sweep the sampler puts batches of like times into a step",
@@ -379,7 +382,8 @@ def _communication(rows: list[Row], args: argparse.Namespace) -> list[str]:
 
 def markdown(gpus: int) -> str:
     """The shipped recipe's plan as a table for the README, from the shipped tables."""
-    args = arguments_of(["--gpus", str(gpus), "--tables", DEFAULT_GPU])
+    args = arguments_of(["--gpus", str(gpus)])
+    args.tables = str(bucket_tables.SHIPPED / DEFAULT_GPU) if (bucket_tables.SHIPPED / DEFAULT_GPU).is_dir() else None
     recipe = Recipe.read(args.recipe)
     rows = plan(recipe, args)
     lines = [

@@ -17,8 +17,9 @@ TEXT_TOKENS = 200
 # GPUs of one kind differ, and so do their clocks: "absolute times hold between such machines to a few per cent".
 BETWEEN_MACHINES = 0.03
 LEAST_POINTS = 4  # that a fit of three numbers can be judged by
-# AdamW and the average of 767 M parameters, for times that were measured without: PyTorch's on an H100.
+# AdamW and the average of 767 M parameters on an H100, for times that were measured without: PyTorch's, and ours.
 OPTIMIZER_SECONDS = 0.0227
+OUR_OPTIMIZER_SECONDS = 0.0101
 # What 80 GB hold, in tokens times units of a block: a kept block has 20 units of a token, a recomputed one 2. From what
 # checkpointing "auto" chose: of 28 blocks 1 at 47,040 tokens, 18 at 101,760, 19 at 110,160.
 UNITS_KEPT, UNITS_RECOMPUTED, HELD = 20, 2, 24.3e6
@@ -185,9 +186,13 @@ class Times:
         """
         records = [r for r in latest(path).values() if r["impl"] == "fused"]
         devices = " and ".join(sorted({r["device"] for r in records}))
-        found = cls.of_steps(devices, {r["case"]: r["ms"] for r in records})
-        found.source = f"{_short(path)}: no bucket itself, {found.source}"
-        return found
+        works = [work(*parse_case(r["case"]), _recomputed(r["notes"])) for r in records]
+        try:
+            fit = Fit.to(works, [r["ms"] / 1e3 for r in records], recomputing=True)
+        except ValueError as error:
+            raise ConfigError("times", str(path), f"{error}; measure with stdit_fast.benchmarks.sweep") from error
+        source = f"{_short(path)}: no bucket itself, a fit to {len(records)} steps"
+        return cls(devices, source, None, fit, OUR_OPTIMIZER_SECONDS)
 
     def of(self, bucket: Bucket) -> StepTime:
         """The step of a bucket, of one aspect ratio.
@@ -228,6 +233,14 @@ def fit_of_probes(path: Path, device: str) -> Fit | None:
         _, frames, height, width, _ = r["notes"]["shape"]
         works.append(work(frames, height, width, r["notes"]["batch"], r["notes"]["checkpointed"]))
     return Fit.to(works, [r["ms"] / 1e3 for r in records], recomputing=True)
+
+
+def _recomputed(notes: dict) -> int:
+    """Blocks that a step of the suite "step" recomputed."""
+    chosen = notes.get("checkpointing", "off")
+    if chosen == "auto":
+        return notes["checkpointed_blocks"]
+    return int(chosen) if chosen.isdigit() else {"off": 0, "all": STDiT2Config().depth}[chosen]
 
 
 def _short(path: Path) -> str:

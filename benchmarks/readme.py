@@ -193,6 +193,13 @@ def sweep_table(folder: Path) -> str:
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep`"])
 
 
+def plan_table() -> str:
+    """Markdown: the original's recipe on 64 GPUs, phase by phase."""
+    from stdit_fast.benchmarks import plan  # which reads results as this file does
+
+    return plan.markdown(64)
+
+
 def _figures(r: dict) -> str:
     """Time with its spread, rate and memory, as cells."""
     peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
@@ -224,6 +231,7 @@ def tables() -> dict[str, str]:
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
+        "plan h100": plan_table(),
     }
 
 

@@ -165,7 +165,7 @@ def test_what_a_table_lacks_is_extrapolated(tmp_path):
 
 def test_the_table_for_the_readme(tmp_path, monkeypatch):
     made_up_table(tmp_path)
-    monkeypatch.setattr(plan, "DEFAULT_GPU", str(tmp_path))
+    monkeypatch.setattr(plan, "DEFAULT_GPU", str(tmp_path))  # an absolute path stands for itself
     lines = plan.markdown(64).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:9]] == [
         f"| {name}" for name in ("images", "stage 1a", "stage 1b", "stage 1c", "stage 2", "stage 3", "in all")

@@ -230,6 +230,7 @@ def tables() -> dict[str, str]:
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),
+        "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
         "plan h100": plan_table(),
     }

@@ -436,7 +436,12 @@ def read_probes(path: Path, conditions: Conditions) -> list[Probe]:
         shape = Shape(resolution, *sizes)
         probes.append(
             Probe(
-                shape, notes["batch"], notes["checkpointed"], tuple(notes["seconds"]), peak, notes["keeps_activations"]
+                shape,
+                notes["batch"],
+                notes["checkpointed"],
+                tuple(notes["seconds"]),
+                peak,
+                notes.get("keeps_activations", False),
             )
         )
     return probes

@@ -125,7 +125,7 @@ def _step_times(rows: list[Row]):
     places = range(len(rows))
     axes.bar([i - 0.2 for i in places], [r.before.seconds for r in rows], 0.4, color=_BEFORE, label="config's sizes")
     axes.bar([i + 0.2 for i in places], [r.choice.seconds for r in rows], 0.4, color=_OURS, label="these sizes")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
     return figure
 
 

@@ -142,7 +142,9 @@ def test_a_single_sample_that_does_not_fit_ends_the_run(trainer, monkeypatch):  
 
 
 WORKER = """
-import os, sys
+import sys
+from types import SimpleNamespace
+
 import torch
 from stdit_fast.train.config import parse
 from stdit_fast.train.trainer import Trainer
@@ -158,7 +160,20 @@ trainer = Trainer(parse(sys.argv[1:]))
 trainer.train()
 sys.stdout.write(f"limits {trainer.processes.rank} {trainer.pieces.limits} {trainer.pieces.count}\\n")
 sys.stdout.flush()
-trainer.processes.close()
+
+from stdit_fast.parallel.plugins import ShardedOptimizer  # after ColossalAI's own start
+
+# What ZeRO-2 does with gradients at the end of its passes, over gloo: each process gets its part of their mean.
+processes = trainer.processes
+weights = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(4))]
+weights[0].grad = torch.full((3, 5), processes.rank + 1.0)
+weights[1].grad = torch.ones(4) if processes.rank else None
+sharded = SimpleNamespace(processes=processes, _working=lambda: weights)
+ShardedOptimizer.reduce_gradients(sharded)
+first, second = (processes.all_gather(part) for part in sharded._parts)
+assert first.tolist() == [1.5] * 15 + [0.0] and second.tolist() == [0.5] * 4, (first, second)
+assert all(weight.grad is None for weight in weights)
+processes.close()
 """
 
 

@@ -74,6 +74,7 @@ def train(model, optimizer, steps: list[int], factors=(1.0, 0.5), poisoned: int 
             optimizer.backward(loss)
             numbers[0] += loss.detach().double()
         numbers[1] = 1
+        optimizer.reduce_gradients()
         optimizer.guarded_step(numbers)
         found.append(numbers.tolist())
     return found

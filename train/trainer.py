@@ -124,8 +124,10 @@ class Trainer:
                     last = self.step == self.config.steps
                     if last or self._due(self.config.ckpt_every):
                         self.save(last)
-                    if self._due(self.config.sampling.every) and not self._stopping:
-                        self.sample()  # after saving, of which it cannot cost anything
+                    if self._due(self.config.sampling.every):
+                        self.settle()  # which knows whether a signal has come
+                        if not self._stopping:
+                            self.sample()  # after saving, of which it cannot cost anything
                 return self.save(last=True)
         finally:
             if self.metrics:
@@ -421,7 +423,6 @@ class Trainer:
         """
         from stdit_fast.train.sampling import write_sheets
 
-        self.settle()
         started = time.perf_counter()
         samples = self.sampling.run()
         failures = [f"the sample of {s.text!r} failed ({s.error})" for s in samples if s.error]

@@ -9,7 +9,6 @@ FOLDER gets the three logs, convergence.png and summary.json. Needs a GPU.
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -19,83 +18,38 @@ from pathlib import Path
 
 import numpy as np
 
-from stdit_fast.benchmarks.random_encoders import random_t5
-from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
-from stdit_fast.benchmarks.train_run import write_tokenizer
-from stdit_fast.train.demo_data import make_demo_data
-from stdit_fast.train.pictures import read_metrics
+from stdit_fast.benchmarks import curves
+from stdit_fast.benchmarks.records import device_name
 
 SLACK = 1.3
-WINDOW = 25  # steps of the running mean
+EXACT = "plain fp32"
 RUNS = {
-    "plain fp32": {"plugin": "ddp", "dtype": "fp32", "model.backend": "reference"},
+    EXACT: {"plugin": "ddp", "dtype": "fp32", "model.backend": "reference"},
     "plain bf16": {"plugin": "zero2", "dtype": "bf16", "model.backend": "reference"},
     "fused bf16": {"plugin": "zero2", "dtype": "bf16", "model.backend": "fused"},
 }
-COLOURS = {"plain fp32": "#212121", "plain bf16": "#1f5fa8", "fused bf16": "#c62828"}
+MODEL = {"model.hidden_size": 576, "model.num_heads": 8, "model.depth": 8}
+STYLES = {
+    EXACT: {"color": "#212121"},
+    "plain bf16": {"color": "#1f5fa8"},
+    "fused bf16": {"color": "#c62828", "linestyle": "--"},
+}
 
 
-def train(run: Path, table: Path, text_encoder: Path, steps: int, options: dict[str, str]) -> np.ndarray:
+def train(run: Path, steps: int, settings: dict) -> np.ndarray:
     """One run of the driver, its loss at each step."""
-    settings = {
-        "config": Path(sys.modules["stdit_fast.train"].__file__).with_name("configs") / "tiny.yaml",
-        "dataset.data_path": table,
-        "text_encoder.from_pretrained": text_encoder,
-        "model.hidden_size": 576,
-        "model.num_heads": 8,
-        "model.depth": 8,
-        "lr": 3e-4,
-        "steps": steps,
-        "ckpt_every": 10 * steps,
-        "validation.every": 0,
-        "sampling.every": 0,
-        "outputs": run,
-    } | options
-    command = [sys.executable, "-m", "stdit_fast.train"]
-    command += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
-    subprocess.run(command, check=True)
-    return np.array([record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record])
-
-
-def smooth(losses: np.ndarray) -> np.ndarray:
-    """The running mean over WINDOW steps."""
-    return np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
+    subprocess.run([sys.executable, *curves.driver_arguments(run, steps, settings)], check=True)
+    return curves.losses_of(run)
 
 
 def compare(losses: dict[str, np.ndarray]) -> dict:
     """Distances of the smoothed curves from plain float32's (relative, root mean square), and the verdict."""
-    curves = {name: smooth(values) for name, values in losses.items()}
-    exact = curves["plain fp32"]
-    distance = {n: float(np.sqrt(np.mean((c / exact - 1) ** 2))) for n, c in curves.items() if n != "plain fp32"}
+    distance = curves.distances(losses, EXACT)
     return {
         "distance_from_plain_fp32": distance,
-        "last_mean_loss": {name: float(curve[-1]) for name, curve in curves.items()},
-        # A distance below 0.2% is as close as two orders of summation come.
-        "within_noise": distance["fused bf16"] <= max(SLACK * distance["plain bf16"], 0.002),
+        "last_mean_loss": curves.last_means(losses),
+        "within_noise": distance["fused bf16"] <= max(SLACK * distance["plain bf16"], curves.FLOOR),
     }
-
-
-def plot(losses: dict[str, np.ndarray], path: Path) -> None:
-    """The three curves, thin as they are and thick smoothed; below, the smoothed curves over plain float32's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 7), sharex=True, height_ratios=(3, 1))
-    exact = smooth(losses["plain fp32"])
-    for name, values in losses.items():
-        curve, at = smooth(values), np.arange(WINDOW, len(values) + 1)
-        top.plot(np.arange(1, len(values) + 1), values, color=COLOURS[name], alpha=0.2, linewidth=0.8)
-        top.plot(at, curve, color=COLOURS[name], label=name, linestyle="--" if name == "fused bf16" else "-")
-        bottom.plot(at, 100 * (curve / exact - 1), color=COLOURS[name])
-    top.set_ylabel(f"loss, mean of {WINDOW} steps")
-    top.legend()
-    bottom.set_ylabel("against plain fp32, %")
-    bottom.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main() -> int:
@@ -107,29 +61,18 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        table = make_demo_data(args.clips, scratch / "data")
-        random_t5(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4).save_pretrained(scratch / "t5")
-        write_tokenizer(scratch / "t5")
+        inputs = curves.make_inputs(args.clips, scratch)
         runs = {name: scratch / name.replace(" ", "_") for name in RUNS}
         with ThreadPoolExecutor() as pool:  # side by side: nothing is timed
             started = {
-                name: pool.submit(train, runs[name], table, scratch / "t5", args.steps, options)
+                name: pool.submit(train, runs[name], args.steps, inputs | MODEL | options)
                 for name, options in RUNS.items()
             }
             losses = {name: run.result() for name, run in started.items()}
         for run in runs.values():
             shutil.copy(run / "metrics.jsonl", args.out / f"{run.name}.jsonl")
-    verdict = compare(losses)
-    plot(losses, args.out / "convergence.png")
-    summary = {
-        "device": device_name(),
-        "versions": installed_versions(),
-        "command": command_line(),
-        "steps": args.steps,
-    }
-    (args.out / "summary.json").write_text(json.dumps(summary | verdict, indent=1) + "\n")
-    print(json.dumps(verdict, indent=1))
-    return 0 if verdict["within_noise"] else 1
+    curves.plot(losses, EXACT, args.out / "convergence.png", STYLES)
+    return curves.write_verdict(compare(losses), args.out / "summary.json", device_name(), args.steps)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.media.files import whole_file
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.buckets import Buckets
+from stdit_fast.train.config import read_yaml
 from stdit_fast.train.metadata import load_metadata
 
 CONFIGS = Path(stdit_fast.train.__file__).with_name("configs")
@@ -101,14 +102,7 @@ class Recipe:
     def read(cls, path: str | Path) -> "Recipe":
         """Reads it. Raises ConfigError for keys and values that cannot be."""
         path = Path(path)
-        if not path.is_file():
-            raise ConfigError("recipe", str(path), "there is no such file; train/configs/recipe_v1_1.yaml is one")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError("recipe", str(path), f"it is not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError("recipe", str(path), "it should hold keys and values")
+        content = read_yaml("recipe", path, "train/configs/recipe_v1_1.yaml is one")
         _check_keys(content, RECIPE_KEYS | OPTIONAL_KEYS, RECIPE_KEYS, str(path))
         phases = []
         for entry in content["phases"]:

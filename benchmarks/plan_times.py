@@ -14,7 +14,7 @@ from stdit_fast.train.bucket_tables import BucketTable
 from stdit_fast.train.buckets import Bucket
 
 TEXT_TOKENS = 200
-# GPUs of one kind differ, and so do their clocks: "absolute times hold between such machines to a few per cent".
+# GPUs of one kind differ by some per cent, and so do their clocks.
 BETWEEN_MACHINES = 0.03
 LEAST_POINTS = 4  # that a fit of three numbers can be judged by
 # AdamW and the average of 767 M parameters on an H100, for times that were measured without: PyTorch's, and ours.

@@ -40,6 +40,7 @@ from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.encode import encode
+from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest
 from stdit_fast.train.trainer import Trainer
 
@@ -66,19 +67,20 @@ class Parts:
 
     NAMES = ("data", "autoencoder", "text encoder", "forward", "backward")
 
-    def __init__(self, on_gpu: bool):
-        self._on_gpu = on_gpu
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._clock = Clock(device)
         self.steps: list[dict[str, list]] = []
-        self.ends: list = [self._mark()]
+        self.ends: list = [self._clock.now()]
 
     def timed(self, name: str, function: Callable) -> Callable:
         """The function, as a part of that name."""
 
         def call(*args, **options):
             with record_function(name):
-                begin = self._mark()
+                begin = self._clock.now()
                 result = function(*args, **options)
-                self._now().setdefault(name, []).append((begin, self._mark()))
+                self._now().setdefault(name, []).append((begin, self._clock.now()))
             return result
 
         return call
@@ -86,7 +88,7 @@ class Parts:
     def step_ends(self) -> None:
         """Called after each step."""
         self._now()
-        self.ends.append(self._mark())
+        self.ends.append(self._clock.now())
 
     def _now(self) -> dict[str, list]:
         while len(self.steps) < len(self.ends):
@@ -97,7 +99,7 @@ class Parts:
         """(the steps' times, the parts' medians), without the first; "optimizer" is all behind the backward pass."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        steps = [self._between(a, b) for a, b in itertools.pairwise(self.ends)][skip:]
+        steps = [self._between(*pair) for pair in itertools.pairwise(self.ends)][skip:]
         parts = {name: [] for name in (*self.NAMES, "optimizer")}
         for step, end in list(zip(self.steps, self.ends[1:], strict=True))[skip:]:
             for name in self.NAMES:
@@ -105,15 +107,8 @@ class Parts:
             parts["optimizer"].append(self._between(step["backward"][-1][1], end))
         return steps, {name: statistics.median(times) for name, times in parts.items()}
 
-    def _mark(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
     def _between(self, begin, end) -> float:
-        return begin.elapsed_time(end) if self._on_gpu else 1000 * (end - begin)
+        return 1000 * self._clock.seconds(begin, end)
 
 
 @contextmanager
@@ -215,7 +210,7 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
     originals += [(trainer.booster, "backward")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in originals if hasattr(owner, name)]
     for case in cases:
-        parts, begun = Parts(on_gpu), time.perf_counter()
+        parts, begun = Parts(trainer.device), time.perf_counter()
         names = {"training_losses": "forward", "backward": "backward"}
         for owner, name, function in originals:
             called = names.get(name) or ("autoencoder" if owner is trainer.vae else "text encoder")

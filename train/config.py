@@ -355,15 +355,21 @@ def _check_config_files(arguments: list[str]) -> None:
         if name != "--config":
             continue
         path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
-        if not path.is_file():
-            raise ConfigError("--config", str(path), "there is no such file; give a YAML file, see train/configs/")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ConfigError("--config", str(path), f"it is not YAML: {error}") from error
-        if not isinstance(content, dict):
-            raise ConfigError("--config", str(path), "it should hold keys and values")
+        content = read_yaml("--config", path, "give a YAML file, see train/configs/")
         _check_keys(content, TrainConfig, "", str(path))
+
+
+def read_yaml(key: str, path: Path, remedy: str) -> dict:
+    """Keys and values of the YAML file that `key` names. Raises ConfigError, with `remedy` where there is no file."""
+    if not path.is_file():
+        raise ConfigError(key, str(path), f"there is no such file; {remedy}")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(key, str(path), f"it is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(key, str(path), "it should hold keys and values")
+    return content
 
 
 def _check_keys(content: dict, cls: type, prefix: str, source: str) -> None:

@@ -9,6 +9,25 @@ from torch import Tensor
 from stdit_fast.train.sampler import BatchRequest
 
 
+class Clock:
+    """Moments: on a GPU's own clock, where it comes to them, or on the host's."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+
+    def now(self) -> "torch.cuda.Event | float":
+        """This moment, behind all work so far."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, begin, end) -> float:
+        """Between two moments; the device has to be past them."""
+        return begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
+
+
 class Readback:
     """A step's numbers on their way to the host, and its time.
 
@@ -16,55 +35,41 @@ class Readback:
     """
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
-        if self._on_gpu:
-            self._started, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self._started.record()
-        else:
-            self._started = time.perf_counter()
+        self._on_gpu, self._clock = device.type == "cuda", Clock(device)
+        self._started = self._clock.now()
 
     def send(self, numbers: Tensor) -> None:
         """Stops the clock after all work so far, and copies the numbers behind it."""
         if self._on_gpu:
             self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
             self._numbers.copy_(numbers, non_blocking=True)
-            self._ended.record()
         else:
-            self._numbers, self._ended = numbers.clone(), time.perf_counter()
+            self._numbers = numbers.clone()
+        self._ended = self._clock.now()
 
     def read(self) -> tuple[list[float], float]:
         """The numbers, and the seconds from the start to `send`; waits for them."""
         if self._on_gpu:
             self._ended.synchronize()
-            return self._numbers.tolist(), self._started.elapsed_time(self._ended) / 1e3
-        return self._numbers.tolist(), self._ended - self._started
+        return self._numbers.tolist(), self._clock.seconds(self._started, self._ended)
 
 
 class Stopwatch:
     """Adds up the seconds of a process's own work, without its waits: `with stopwatch: ...`, any number of times."""
 
     def __init__(self, device: torch.device):
-        self._on_gpu = device.type == "cuda"
+        self._clock = Clock(device)
         self._spans: list[tuple] = []
 
     def __enter__(self) -> None:
-        self._started = self._now()
+        self._started = self._clock.now()
 
     def __exit__(self, *exception) -> None:
-        self._spans.append((self._started, self._now()))
-
-    def _now(self):
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        self._spans.append((self._started, self._clock.now()))
 
     def read(self) -> float:
         """The sum; the device has to be done with it."""
-        if self._on_gpu:
-            return sum(start.elapsed_time(end) for start, end in self._spans) / 1e3
-        return sum(end - start for start, end in self._spans)
+        return sum(self._clock.seconds(*span) for span in self._spans)
 
 
 @dataclass

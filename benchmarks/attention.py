@@ -4,8 +4,8 @@
 
 A case is sequences x length, of 16 heads of 72 in bfloat16, and a direction. "cuda" is our kernel on packed qkv, with
 the RMSNorm of q and k inside; "cudnn" and "flash_attention_2" are PyTorch's, on contiguous q, k and v, without norm.
-Each is first held against explicit softmax in float64. Several calls in a row are timed on the GPU's clock, started
-while it is busy, so that no launch is waited for.
+Each is first held against explicit softmax in float64. Several calls in a row, captured as a CUDA graph, are timed on
+the GPU's clock.
 
 --once runs each of our kernels once and times nothing, for a profiler:
 
@@ -29,7 +29,7 @@ OURS = "cuda"
 LIBRARIES = ("cudnn", "flash_attention_2")
 CASES = ("96x144", "128x256", "64x400", "64x1024", "32x1590", "16x3600")
 TOLERANCE = 2e-2  # relative error, some roundings to bfloat16
-BUSY_CYCLES = 4_000_000  # that the GPU is kept busy while calls are queued, about 2 ms
+BUSY_CYCLES = 400_000  # that the GPU is kept busy while a graph is launched, about 0.2 ms
 COLUMNS = f"{'case':<22}{'impl':<20}{'ms':>9}{'low':>9}{'high':>9}{'TFLOP/s':>9}{'GB/s':>8}"
 
 
@@ -109,15 +109,23 @@ def errors(x: Inputs, results: list[Tensor], norm: bool) -> list[float]:
 
 
 def timed(call: Callable, calls: int, repeats: int) -> list[float]:
-    """Milliseconds of a call, each repeat the mean of some in a row."""
-    call()
+    """Milliseconds of a call, each repeat the mean of some in a row, as one CUDA graph: no launch is waited for."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is made at a first call is not made while a graph is captured
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
     times = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(BUSY_CYCLES)
         start.record()
-        for _ in range(calls):
-            call()
+        graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / calls)

@@ -28,8 +28,7 @@
 #include <algorithm>
 
 #include "attention/gradients.h"
-#include "attention/long_backward.h"
-#include "attention/packed_backward.h"
+#include "attention/head_dim.h"
 #include "attention/shared.h"
 #include "stdit/attention.h"
 #include "stdit/attention_tiles.h"
@@ -605,31 +604,41 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   }
 }
 
-using Short = Backward<72, 3, 48, 3, true>;
-using Long = Backward<72, 2, 64, 3, false>;
+template <int D>
+using Short = Backward<D, 3, 48, 3, true>;
+template <int D>
+using Long = Backward<D, 2, 64, 3, false>;
 
-bool is_short(const stdit_attention& call) { return call.keys > Long::kKeys && call.keys <= Short::kKeys; }
+template <int D>
+bool is_short(const stdit_attention& call) {
+  return call.keys > Long<D>::kKeys && call.keys <= Short<D>::kKeys;
+}
 // Of more keys, seven products in two kernels are faster than five in one; they scale scores.
 bool is_long(const stdit_attention& call) { return !rounds_keys(call); }
 
 }  // namespace
 
-int64_t attention_backward_scratch(const stdit_attention& call) {
-  if (call.key_starts != nullptr) return packed_backward_scratch(call);
-  if (is_long(call)) return long_backward_scratch(call);
-  return is_short(call) ? plan_of<Short>(call).bytes : plan_of<Long>(call).bytes;
+template <int D>
+int64_t backward_scratch(const stdit_attention& call) {
+  if (call.key_starts != nullptr) return packed_backward_scratch<D>(call);
+  if (is_long(call)) return long_backward_scratch<D>(call);
+  return is_short<D>(call) ? plan_of<Short<D>>(call).bytes : plan_of<Long<D>>(call).bytes;
 }
 
-void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+template <int D>
+void backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
   if (call.key_starts != nullptr) {
-    packed_backward(call, gradients, stream);
+    packed_backward<D>(call, gradients, stream);
   } else if (is_long(call)) {
-    long_backward(call, gradients, stream);
-  } else if (is_short(call)) {
-    launch<Short>(call, gradients, stream);
+    long_backward<D>(call, gradients, stream);
+  } else if (is_short<D>(call)) {
+    launch<Short<D>>(call, gradients, stream);
   } else {
-    launch<Long>(call, gradients, stream);
+    launch<Long<D>>(call, gradients, stream);
   }
 }
+
+template int64_t backward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
+template void backward<STDIT_HEAD_DIM>(const stdit_attention&, const stdit_attention_gradients&, cudaStream_t);
 
 }  // namespace stdit

@@ -5,6 +5,8 @@
 
 #include "stdit/attention.h"
 
+#include "attention/head_dim.h"
+
 namespace stdit {
 namespace {
 
@@ -39,8 +41,9 @@ void check_attention(const stdit_attention& call) {
   check_heads("k", call.k);
   check_heads("v", call.v);
   check_heads("o", call.o);
-  if (call.head_dim != 72) {
-    throw std::invalid_argument("attention: head dimension " + std::to_string(call.head_dim) + ", where 72 is served");
+  if (!ServedHeadDims::visit(call.head_dim, [](auto) {})) {
+    throw std::invalid_argument("attention: head dimension " + std::to_string(call.head_dim) + ", where " +
+                                ServedHeadDims::text() + " can be served");
   }
   if (call.weight_dtype != STDIT_FLOAT32 && call.weight_dtype != STDIT_BFLOAT16) {
     throw std::invalid_argument("attention: unknown dtype " + std::to_string(call.weight_dtype) + " of the weights");

@@ -27,9 +27,9 @@
 // Packed keys (cross attention over text): they always fit; the order of units is in units.h.
 
 #include <algorithm>
-#include <stdexcept>
 #include <type_traits>
 
+#include "attention/head_dim.h"
 #include "attention/shared.h"
 #include "attention/turns.h"
 #include "attention/units.h"
@@ -528,8 +528,10 @@ int64_t tiles_of(const stdit_attention& call) {
   return ceil_div(call.queries, F::kQueries) * ceil_div(call.keys, F::kKeys);
 }
 
+}  // namespace
+
 template <int D>
-void choose(const stdit_attention& call, cudaStream_t stream) {
+void forward(const stdit_attention& call, cudaStream_t stream) {
   using Middle = Forward<D, 2, 128, D <= 80 ? 4 : D <= 96 ? 3 : 2>;
   if constexpr (D <= 80) {
     using Short = Forward<D, 3, 80, 4>;
@@ -545,13 +547,6 @@ void choose(const stdit_attention& call, cudaStream_t stream) {
   launch<Middle>(call, stream);  // wider heads' registers leave room for no third consumer
 }
 
-}  // namespace
-
-void attention_forward(const stdit_attention& call, cudaStream_t stream) {
-  switch (call.head_dim) {
-    case 72: return choose<72>(call, stream);
-    default: throw std::invalid_argument("attention: a head dimension that no kernel is made for");
-  }
-}
+template void forward<STDIT_HEAD_DIM>(const stdit_attention&, cudaStream_t);
 
 }  // namespace stdit

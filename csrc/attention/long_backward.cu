@@ -23,11 +23,10 @@
 //
 // Tiles: 64 keys for three consumers, 80 queries for two, which is what their registers hold.
 
-#include "attention/long_backward.h"
-
 #include <algorithm>
 
 #include "attention/gradients.h"
+#include "attention/head_dim.h"
 #include "attention/row_image.h"
 #include "attention/shared.h"
 #include "attention/turns.h"
@@ -799,15 +798,24 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   }
 }
 
-using Queries = QueryGradient<72, 3, 64, 3>;
-using Keys = KeyGradient<72, 80, 4>;
+template <int D>
+using Queries = QueryGradient<D, 3, 64, 3>;
+template <int D>
+using Keys = KeyGradient<D, 80, 4>;
 
 }  // namespace
 
-int64_t long_backward_scratch(const stdit_attention& call) { return Plan<Queries, Keys>(call).bytes; }
-
-void long_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
-  launch<Queries, Keys>(call, gradients, stream);
+template <int D>
+int64_t long_backward_scratch(const stdit_attention& call) {
+  return Plan<Queries<D>, Keys<D>>(call).bytes;
 }
+
+template <int D>
+void long_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+  launch<Queries<D>, Keys<D>>(call, gradients, stream);
+}
+
+template int64_t long_backward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
+template void long_backward<STDIT_HEAD_DIM>(const stdit_attention&, const stdit_attention_gradients&, cudaStream_t);
 
 }  // namespace stdit

@@ -26,7 +26,7 @@
 #include <type_traits>
 
 #include "attention/gradients.h"
-#include "attention/packed_backward.h"
+#include "attention/head_dim.h"
 #include "attention/shared.h"
 #include "attention/turns.h"
 #include "attention/units.h"
@@ -636,10 +636,8 @@ __global__ void __launch_bounds__(128) attention_packed_sum_kernel(const __grid_
 
 // ------------------------------------------------------------ the host's part
 
-using Queries = QueryGradient<72>;
-using Keys = KeyGradient<72>;
-
 // How the work is cut, and where the parts of the scratch memory begin.
+template <class Keys>
 struct Plan {
   int query_tiles, row_length, heads_at_once, parts;
   int64_t partials_at, bytes;
@@ -659,13 +657,10 @@ void allow_shared(Kernel kernel, int bytes) {
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
-}  // namespace
-
-int64_t packed_backward_scratch(const stdit_attention& call) { return Plan(call).bytes; }
-
-void packed_backward(const stdit_attention& call, const stdit_attention_gradients& g, cudaStream_t stream) {
+template <class Queries, class Keys>
+void launch(const stdit_attention& call, const stdit_attention_gradients& g, cudaStream_t stream) {
   constexpr int D = Queries::D;
-  const Plan plan(call);
+  const Plan<Keys> plan(call);
   char* scratch = static_cast<char*>(g.scratch);
   auto* rows = reinterpret_cast<float2*>(scratch);
   const auto query_maps = [&](const stdit_heads& array) {
@@ -732,5 +727,20 @@ void packed_backward(const stdit_attention& call, const stdit_attention_gradient
     check_launch("attention_packed_sum_kernel");
   }
 }
+
+}  // namespace
+
+template <int D>
+int64_t packed_backward_scratch(const stdit_attention& call) {
+  return Plan<KeyGradient<D>>(call).bytes;
+}
+
+template <int D>
+void packed_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+  launch<QueryGradient<D>, KeyGradient<D>>(call, gradients, stream);
+}
+
+template int64_t packed_backward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
+template void packed_backward<STDIT_HEAD_DIM>(const stdit_attention&, const stdit_attention_gradients&, cudaStream_t);
 
 }  // namespace stdit

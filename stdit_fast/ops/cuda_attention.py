@@ -5,7 +5,7 @@ from torch import Tensor
 
 from stdit_fast import _cuda
 
-HEAD_DIM = 72
+HEAD_DIMS = (72,)  # that kernels are made for: csrc/attention/head_dim.h
 MOST_KEYS = 320  # tokens of a text: they stay in shared memory
 _ALIGNMENT = 8  # elements: the copy engine takes addresses and strides in steps of 16 bytes
 
@@ -20,6 +20,11 @@ def available(device: int) -> tuple[bool, str]:
     return True, reason
 
 
+def served_head_dims() -> str:
+    """The head dimensions in words, such as "64, 72"."""
+    return ", ".join(map(str, HEAD_DIMS))
+
+
 def unserved(x: Tensor, text_length: int = 0) -> str:
     """Why our kernels cannot serve a call on qkv or q [..., D], or an empty string.
 
@@ -30,8 +35,8 @@ def unserved(x: Tensor, text_length: int = 0) -> str:
         return f"a tensor on {x.device.type}"
     if x.dtype != torch.bfloat16:
         return f"{x.dtype}, where torch.bfloat16 is served"
-    if x.shape[-1] != HEAD_DIM:
-        return f"head dimension {x.shape[-1]}, where {HEAD_DIM} is served"
+    if x.shape[-1] not in HEAD_DIMS:
+        return f"head dimension {x.shape[-1]}, where {served_head_dims()} can be served"
     if text_length > MOST_KEYS:
         return f"a text of {text_length} tokens, where {MOST_KEYS} fit"
     there, reason = available(x.device.index)

@@ -19,7 +19,10 @@ def _serving() -> tuple[str, str]:
     device = torch.device("cuda", torch.cuda.current_device())
     ours, why_not = cuda_attention.available(device.index)
     if ours:
-        return "cuda", f"bf16 at head dimension {cuda_attention.HEAD_DIM}, QK-norm inside; repeats bit for bit"
+        return (
+            "cuda",
+            f"bf16 at head dimension {cuda_attention.served_head_dims()}, QK-norm inside; repeats bit for bit",
+        )
     name, remark = best_library(device, torch.bfloat16, 72)
     return (
         f"{implementation} + {name}",

@@ -1,0 +1,34 @@
+// Attention's passes, each by the kernels of the call's head dimension.
+#include "stdit/attention.h"
+
+#include <stdexcept>
+
+#include "attention/head_dim.h"
+
+namespace stdit {
+namespace {
+
+template <class F>
+void of_head_dim(int head_dim, F f) {
+  if (!ServedHeadDims::visit(head_dim, f)) {
+    throw std::invalid_argument("attention: a head dimension that no kernel is made for");
+  }
+}
+
+}  // namespace
+
+void attention_forward(const stdit_attention& call, cudaStream_t stream) {
+  of_head_dim(call.head_dim, [&](auto d) { forward<d>(call, stream); });
+}
+
+void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+  of_head_dim(call.head_dim, [&](auto d) { backward<d>(call, gradients, stream); });
+}
+
+int64_t attention_backward_scratch(const stdit_attention& call) {
+  int64_t bytes = 0;
+  of_head_dim(call.head_dim, [&](auto d) { bytes = backward_scratch<d>(call); });
+  return bytes;
+}
+
+}  // namespace stdit

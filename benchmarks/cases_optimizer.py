@@ -24,7 +24,7 @@ Stepper = Callable[[list[Tensor], list[Tensor]], Callable[[], None]]
 def cases(device: str, quick: bool) -> Iterator[Case]:
     """One step on all parameters."""
     count = sum(shape.numel() for shape in shapes(device))
-    members: dict[str, Callable[[], Stepper]] = {"stdit_fast": lambda: _ours}
+    members: dict[str, Callable[[], Stepper]] = {"stdit_fast": lambda: ours}
     if device == "cuda":
         members |= {"torch-fused": lambda: _torch(fused=True), "torch-foreach": lambda: _torch(foreach=True)}
         members |= {name: partial(_apex, find) for name, find in peers.ADAMW.items()}
@@ -70,7 +70,7 @@ def prepare(find: Callable[[], Stepper], device: str) -> Callable[[], tuple[Tens
     return timed
 
 
-def _ours(weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
+def ours(weights: list[Tensor], averages: list[Tensor]) -> Callable[[], None]:
     """Training's own two passes; the gradients are not clipped in their place, as they are by the others."""
     masters, grads = [w.detach() for w in weights], [w.grad for w in weights]
     moments = [[torch.zeros_like(master) for master in masters] for _ in range(2)]

@@ -4,7 +4,8 @@ suite "loading". Needs no GPU; with one, batches are pinned and copied to it.
     python -m stdit_fast.benchmarks.data --out loading.jsonl
 
 `decode` counts the seconds of one core, `loader` those on the wall, at the batch sizes of training. Clips are 16
-frames, one in three, from the middle of a file that lies in the page cache.
+frames, one in three, from the middle of a file that lies in the page cache. A loader is timed over whole rounds, in
+which each of its processes delivers a batch: within one they come in bursts.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +44,8 @@ SOURCE, SOURCE_FRAMES = "bigbuckbunny.mp4", 132
 COLUMNS = f"{'case':<30}{'ms a clip':>10}{'low':>9}{'high':>9}{'clips/s':>9}"
 
 
-def decode_cases(seconds: float) -> list[Record]:
+def decode_cases(seconds: float) -> Iterator[Record]:
     """One core, without a loader."""
-    records = []
     for name, source, resolution in DECODED:
         _, height, width, _ = parse_case(f"{resolution}-{FRAMES}-1")
         pixels = np.empty((FRAMES, height, width, 3), dtype=np.uint8)
@@ -53,8 +53,7 @@ def decode_cases(seconds: float) -> list[Record]:
         times = core_milliseconds(lambda i=indices, p=pixels, n=name: decode_frames_into(p, CLIPS / n, i), seconds)
         record = of_clips(f"decode-{source}-{resolution}-{FRAMES}", times, cores=1)
         record.bytes = pixels.nbytes
-        records.append(record)
-    return records
+        yield record
 
 
 def core_milliseconds(function: Callable[[], object], seconds: float) -> list[float]:
@@ -68,7 +67,7 @@ def core_milliseconds(function: Callable[[], object], seconds: float) -> list[fl
     return times
 
 
-def loader_case(case: str, workers: int, seconds: float) -> Record:
+def loader_case(case: str, workers: int, seconds: float, prefetch: int = 2) -> Record:
     """Batches of one bucket through the loader of training, as fast as they come."""
     frames, height, width, batch = parse_case(case)
     resolution = case.rsplit("-", 2)[0]
@@ -89,22 +88,23 @@ def loader_case(case: str, workers: int, seconds: float) -> Record:
             caption_dropout=0.1,
             posterior_noise=True,
         )
-        return of_loader(case, dataset, workers, seconds)
+        return of_loader(case, dataset, workers, seconds, prefetch)
 
 
-def of_loader(case: str, dataset: VideoTextDataset, workers: int, seconds: float) -> Record:
-    """Times the batches after the first, which come from processes that have just started."""
+def of_loader(case: str, dataset: VideoTextDataset, workers: int, seconds: float, prefetch: int = 2) -> Record:
+    """Times whole rounds after the first, whose batches come from processes that have just started."""
     on_gpu, batch = torch.cuda.is_available(), len(dataset)
     table = dataset.metadata
     sizes = [np.asarray(column) for column in (table.num_frames, table.height, table.width)]
     (number,) = set(dataset.buckets.assign(*sizes, INTERVAL).tolist())
     rows, none = np.arange(batch), np.empty(0, dtype=np.int64)
     endless = (BatchRequest(epoch, 0, number, rows, none, batch) for epoch in range(10**9))
-    batches = iter(make_loader(dataset, endless, num_workers=workers, pin_memory=on_gpu))
-    for _ in range(max(1, workers)):
+    loader = make_loader(dataset, endless, num_workers=workers, pin_memory=on_gpu, prefetch_factor=prefetch)
+    batches, round_of = iter(loader), max(1, workers)
+    for _ in range(round_of):
         next(batches)
     times, begun = [], time.perf_counter()
-    while time.perf_counter() - begun < seconds or len(times) < 3:
+    while time.perf_counter() - begun < seconds or len(times) < 3 or len(times) % round_of:
         started = time.perf_counter()
         pixels = next(batches)["pixels"]
         if on_gpu:
@@ -115,6 +115,7 @@ def of_loader(case: str, dataset: VideoTextDataset, workers: int, seconds: float
     record = of_clips(f"loader-{case}-workers-{workers}", times, cores=workers)
     record.ms = total  # batches come in bursts, of which the median says nothing
     record.notes |= {"clips_per_second": round(1000 / total, 2), "pinned": on_gpu, "batch_bytes": pixels.nbytes}
+    record.notes |= {"prefetch_factor": prefetch, "batches": len(times)}
     return record
 
 
@@ -129,20 +130,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=list(LOADED), help="resolution-frames-batch of the loader's")
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, max(1, (os.cpu_count() or 2) - 2)}))
+    parser.add_argument("--prefetch", type=int, default=2, help="batches that each process keeps ready")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case, at least")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args(arguments)
     if not (CLIPS / SOURCE).is_file():
         raise ConfigError("clips", str(CLIPS), "its clips are read; run it in a checkout")
     print(COLUMNS)
-    records = decode_cases(args.seconds)
-    for case in args.cases:
-        records += [loader_case(case, workers, args.seconds) for workers in args.workers]
-    for r in records:
-        print(f"{r.case:<30}{r.ms:>10.1f}{r.ms_low:>9.1f}{r.ms_high:>9.1f}{r.notes['clips_per_second']:>9.1f}")
-    if args.out:
-        append(args.out, records)
+    for r in measured(args):
+        print(
+            f"{r.case:<30}{r.ms:>10.1f}{r.ms_low:>9.1f}{r.ms_high:>9.1f}{r.notes['clips_per_second']:>9.1f}", flush=True
+        )
+        if args.out:
+            append(args.out, [r])
     return 0
+
+
+def measured(args: argparse.Namespace) -> Iterator[Record]:
+    """Each record as it is made."""
+    yield from decode_cases(args.seconds)
+    for case in args.cases:
+        for workers in args.workers:
+            yield loader_case(case, workers, args.seconds, args.prefetch)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
     python -m stdit_fast.benchmarks.linear --out linear.jsonl
 
 `gemm` is the bare GEMM by PyTorch, `passes` it and our passes around it, `cublaslt` the GEMM with an epilogue. Cases
-are product-C_out-C_in-tokens; what one has to deliver is in `PARTS`.
+are product-C_out-C_in-tokens; what one has to deliver is in `PARTS`. `mlp` is all of an MLP, forward and backward:
+`gemms` are its six products alone, `ours` what the ops run for it without the norm before and the gate behind.
 """
 
 import argparse
@@ -20,6 +21,9 @@ from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.kernels import gelu
 from stdit_fast.ops import cublaslt
 from stdit_fast.ops.linear import column_sum_op
+from stdit_fast.ops.linear import weight_gradient as weight_gradient_of
+from stdit_fast.ops.linear_gelu import linear_gelu_backward, linear_gelu_op
+from stdit_fast.ops.mlp import definition as mlp_definition
 
 CHANNELS = 1152
 HIDDEN = 4 * CHANNELS
@@ -27,6 +31,7 @@ PARTS = {
     "gelu_forward": "h = x W^T + bias kept for the backward pass, gelu(h)",
     "gelu_backward": "dh = (dy W) gelu'(h), its sum over the rows, and gelu(h) again unless it is kept",
     "weight_gradient": "dW = dy^T x, the bias's gradient",
+    "mlp": "y = gelu(x W1^T + b1) W2^T; the gradients of x, W1, b1 and W2",
 }
 Implementations = dict[str, Callable[[], object]]
 
@@ -79,12 +84,47 @@ def weight_gradient(tokens: int, ranks: int, out: int, into: int) -> Implementat
     return found
 
 
+def mlp(tokens: int) -> Implementations:
+    x, dy, hidden = randn(tokens, CHANNELS), randn(tokens, CHANNELS), randn(tokens, HIDDEN)
+    fc1, fc2 = randn(HIDDEN, CHANNELS, scale=CHANNELS**-0.5), randn(CHANNELS, HIDDEN, scale=HIDDEN**-0.5)
+    bias = randn(HIDDEN)
+
+    def gemms() -> tuple[Tensor, ...]:
+        """Of any values: each is as long whatever the others give."""
+        forward = F.linear(x, fc1), F.linear(hidden, fc2)
+        return *forward, dy @ fc2, weight_gradient_of(dy, hidden), hidden @ fc1, weight_gradient_of(hidden, x)
+
+    def ours(keep: bool) -> tuple[Tensor, ...]:
+        activation, h = linear_gelu_op(x, fc1, bias)
+        y = F.linear(activation, fc2)
+        dh, dbias, dfc2 = linear_gelu_backward(dy, h, activation if keep else None, fc2, True)
+        return y, dh @ fc1, weight_gradient_of(dh, x), dbias, dfc2
+
+    leaves = [t.requires_grad_() for t in (x.clone(), fc1.clone(), bias.clone(), fc2.clone())]
+
+    def plain() -> tuple[Tensor, ...]:
+        y = mlp_definition(*leaves)
+        return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    for keep in (False, True):
+        for got, want in zip(ours(keep), plain(), strict=True):
+            error = float((got.double() - want.double()).norm() / want.double().norm())
+            if not error < 2e-2:
+                raise SystemExit(f"the MLP of {tokens} tokens is wrong: error {error:.1e} of {list(got.shape)}")
+    return {
+        "gemms": gemms,
+        "ours, activation kept": lambda: ours(True),
+        "ours, activation made again": lambda: ours(False),
+        "plain": plain,
+    }
+
+
 def _named(name: str, rank: int) -> str:
     return f"{name}, proposal {rank + 1}" if rank else name
 
 
-def cases(tokens: int, ranks: int) -> Iterator[tuple[str, int, Implementations]]:
-    """(name, operations, implementations)."""
+def cases(tokens: int, ranks: int) -> Iterator[tuple[str, int, Callable[[], Implementations]]]:
+    """(name, operations, what makes the inputs and answers the implementations)."""
     products = {
         f"gelu_forward-{HIDDEN}-{CHANNELS}": (HIDDEN * CHANNELS, lambda: gelu_forward(tokens, ranks)),
         f"gelu_backward-{CHANNELS}-{HIDDEN}": (HIDDEN * CHANNELS, lambda: gelu_backward(tokens, ranks)),
@@ -93,8 +133,9 @@ def cases(tokens: int, ranks: int) -> Iterator[tuple[str, int, Implementations]]
         products[f"weight_gradient-{out}-{into}"] = (
             out * into, lambda out=out, into=into: weight_gradient(tokens, ranks, out, into)
         )  # fmt: skip
+    products[f"mlp-{HIDDEN}-{CHANNELS}"] = (6 * HIDDEN * CHANNELS, lambda: mlp(tokens))
     for name, (size, make) in products.items():
-        yield f"{name}-{tokens}", 2 * tokens * size, make()
+        yield f"{name}-{tokens}", 2 * tokens * size, make
 
 
 def repeats_exactly(function: Callable[[], object], times: int = 5) -> bool:
@@ -121,10 +162,10 @@ def main() -> int:
     if not usable:
         return 1
     for tokens in args.tokens:
-        for name, flops, implementations in cases(tokens, args.proposals):
+        for name, flops, make in cases(tokens, args.proposals):
             if args.only not in name:
                 continue
-            for impl, function in implementations.items():
+            for impl, function in make().items():
                 try:
                     same = repeats_exactly(function)
                 except RuntimeError as error:

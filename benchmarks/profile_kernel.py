@@ -3,11 +3,14 @@
     python -m stdit_fast.benchmarks.profile_kernel spatial_attention forward --size 6x16x144
     python -m stdit_fast.benchmarks.profile_kernel cross_attention backward --ncu --report cross
 
-The ops and their inputs are those of `stdit_fast.benchmarks.ops`. With --ncu one call is profiled, after others have
-compiled and warmed what there is, by the `ncu` on PATH: its sections are printed, or written as FILE.ncu-rep.
+The ops and their inputs are those of `stdit_fast.benchmarks.ops`; beside them linear_gelu, the MLP's first GEMM and the
+way back to its hidden values, and adamw, a whole step of the optimizer on the real model's shapes (forward alone, at no
+other size). With --ncu one call is profiled, after others have compiled and warmed what there is, by the `ncu` on PATH:
+its sections are printed, or written as FILE.ncu-rep.
 """
 
 import argparse
+import math
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,8 @@ OPS = (
     "temporal_attention",
     "spatial_attention",
     "cross_attention",
+    "linear_gelu",
+    "adamw",
 )
 WARM_UP = 3
 
@@ -37,9 +42,11 @@ def parse_size(size: str) -> tuple[int, int, int]:
     return tuple(map(int, parts))
 
 
-def check_op(op: str) -> str:
+def check_op(op: str, direction: str = "forward") -> str:
     if op not in OPS:
         raise ConfigError("op", op, nearest(op, OPS))
+    if (op, direction) == ("adamw", "backward"):
+        raise ConfigError("direction", direction, "adamw has no backward pass; write forward")
     return op
 
 
@@ -60,9 +67,15 @@ def ncu_command(args: argparse.Namespace) -> list[str]:
 
 def call_of(op: str, direction: str, size: tuple[int, int, int]) -> Callable[[], object]:
     """The op's forward or backward pass at a size, on random inputs."""
-    from stdit_fast.benchmarks.ops import cases
+    if op == "adamw":
+        from stdit_fast.benchmarks import cases_optimizer
 
-    (case,) = [case for case in cases(*size) if case.name.rpartition("-")[0] == op]
+        return cases_optimizer.prepare(lambda: cases_optimizer.ours, "cuda")
+    if op == "linear_gelu":
+        return _linear_gelu(direction, math.prod(size))
+    from stdit_fast.benchmarks.ops import build
+
+    case = build(op, *size)
     inputs = {name: value.requires_grad_(direction == "backward") for name, value in case.inputs.items()}
     if direction == "forward":
         return lambda: case.fused(**inputs)
@@ -70,6 +83,19 @@ def call_of(op: str, direction: str, size: tuple[int, int, int]) -> Callable[[],
     outs = out if isinstance(out, tuple) else (out,)
     grads = [torch.randn_like(o) for o in outs]
     return lambda: torch.autograd.grad(outs, list(inputs.values()), grads, retain_graph=True)
+
+
+def _linear_gelu(direction: str, tokens: int) -> Callable[[], object]:
+    """GELU in the epilogue of a GEMM, and its gradient with the activation kept; the weight's gradient is left out."""
+    from stdit_fast.benchmarks.linear import CHANNELS, HIDDEN, randn
+    from stdit_fast.ops.linear_gelu import linear_gelu_backward, linear_gelu_op
+
+    x, bias = randn(tokens, CHANNELS), randn(HIDDEN)
+    weight, back = randn(HIDDEN, CHANNELS, scale=CHANNELS**-0.5), randn(CHANNELS, HIDDEN, scale=HIDDEN**-0.5)
+    if direction == "forward":
+        return lambda: linear_gelu_op(x, weight, bias)
+    activation, hidden = linear_gelu_op(x, weight, bias)
+    return lambda: linear_gelu_backward(x, hidden, activation, back, False)
 
 
 def kernel_times(call: Callable[[], object], calls: int) -> list[tuple[str, int, float]]:
@@ -93,7 +119,7 @@ def main() -> int:
     parser.add_argument("--report", metavar="FILE", help="write its report there and print no sections")
     parser.add_argument("--silent", action="store_true", help="run and print nothing, for another profiler around it")
     args = parser.parse_args()
-    op, size = check_op(args.op), parse_size(args.size)
+    op, size = check_op(args.op, args.direction), parse_size(args.size)
     if args.calls < 1:
         raise ConfigError("calls", args.calls, "at least 1")
     if args.ncu:

@@ -18,6 +18,7 @@ def small(monkeypatch):
     monkeypatch.setattr(encoders, "T5_XXL", SMALL_T5)
     monkeypatch.setattr(encoders, "MAX_LENGTH", 12)
     monkeypatch.setattr(encoders, "SHORTEST", 3)
+    monkeypatch.setattr(encoders, "COMPILER", "eager")  # which is quick
     config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **SMALL_T5)
     dtype = torch.bfloat16 if ON_GPU else torch.float32
     monkeypatch.setattr(encoders, "random_t5", lambda **sizes: T5EncoderModel(config).to(encoders.DEVICE, dtype))

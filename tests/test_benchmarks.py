@@ -40,6 +40,8 @@ def test_a_kernel_is_profiled_by_name(tmp_path, monkeypatch):
             profile_kernel.parse_size(bad)
     with pytest.raises(ConfigError, match="did you mean 'cross_attention'"):
         profile_kernel.check_op("cros_attention")
+    with pytest.raises(ConfigError, match="adamw has no backward pass"):
+        profile_kernel.check_op("adamw", "backward")
     arguments = ["spatial_attention", "forward", "--size", "1x2x3", "--ncu", "--report", "out"]
     monkeypatch.setattr(sys, "argv", ["profile_kernel", *arguments])
     monkeypatch.setenv("PATH", str(tmp_path))

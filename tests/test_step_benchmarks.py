@@ -1,13 +1,16 @@
 """The benchmarks of whole training steps, of loading, and the timeline, on the CPU with a small model."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 
-from stdit_fast.benchmarks import data, readme, trace, train_step
+from stdit_fast.benchmarks import data, encode, readme, trace, train_step
 from stdit_fast.errors import ConfigError
 
 
@@ -74,6 +77,51 @@ def test_loading_is_measured(tmp_path, monkeypatch):
     assert (decode["case"], loader["case"]) == ("decode-144x176-144p-16", "loader-144p-16-1-workers-0")
     assert decode["bytes"] == 16 * 144 * 256 * 3 == loader["notes"]["batch_bytes"]
     assert loader["notes"]["clips_per_second"] == pytest.approx(1000 / loader["ms"], rel=0.01)
+
+
+def test_a_loader_is_timed_over_whole_rounds(monkeypatch):
+    """Each of its processes delivers as many batches: of 2 processes an even number, 3 at least."""
+    batch = {"pixels": torch.zeros(2, 1, dtype=torch.uint8)}
+    asked = []
+
+    def loader(*args, **options):
+        asked.append(options)
+        return itertools.repeat(batch)
+
+    monkeypatch.setattr(data, "make_loader", loader)
+    monkeypatch.setattr(data.torch.cuda, "is_available", lambda: False)
+    record = data.loader_case("144p-16-2", workers=2, seconds=0, prefetch=3)
+    assert record.notes["batches"] == 4 and record.notes["prefetch_factor"] == 3
+    assert (asked[0]["num_workers"], asked[0]["prefetch_factor"]) == (2, 3)
+
+
+def test_shards_of_a_killed_run_are_held_against_those_of_one_that_was_not():
+    whole = {"a": ("1", 0), "b": ("2", 0), "c": ("3", 0)}
+    killed, resumed = {"a": ("1", 5)}, {"a": ("1", 5), "b": ("2", 9), "c": ("3", 9)}
+    assert encode.compare(whole, killed, resumed) == {"shards": 3, "shards_at_the_kill": 1, "shards_that_differ": 0}
+    for at_the_kill, after, message in (
+        ({}, resumed, "not its middle"),
+        (whole, resumed, "not its middle"),
+        (killed, resumed | {"a": ("1", 9)}, "not left alone: a"),
+        (killed, resumed | {"b": ("4", 9)}, "1 of 3 shards differ"),
+        (killed, {"a": ("1", 5), "b": ("2", 9)}, r"differ from an uninterrupted run's: \['c'\]"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            encode.compare(whole, at_the_kill, after)
+    with pytest.raises(ConfigError, match="samples"):
+        encode.main(["--samples", "0"])
+
+
+def test_a_run_is_killed_with_what_it_started(tmp_path):
+    """A shell that starts another, which makes one shard after the other."""
+    (tmp_path / "shards").mkdir()
+    loop = f"i=0; while true; do touch {tmp_path}/shards/part-$i.safetensors; i=$((i + 1)); sleep 0.1; done"
+    killed = encode.kill_in_the_middle(["sh", "-c", f"sh -c '{loop}' & wait"], tmp_path, 3)
+    assert len(killed) >= 3
+    time.sleep(0.5)
+    assert encode.shards_of(tmp_path) == killed
+    with pytest.raises(RuntimeError, match="ended with 7 before it could be"):
+        encode.kill_in_the_middle(["sh", "-c", "exit 7"], tmp_path / "none", 1)
 
 
 def test_the_tables_of_steps_and_loading(tmp_path):

@@ -2,10 +2,10 @@
 
     python -m stdit_fast.benchmarks.attention --cases 96x144 128x256 --out attention.jsonl
 
-A case is sequences x length, of 16 heads of 72 in bfloat16, and a direction. "cuda" is our kernel on packed qkv, with
-the RMSNorm of q and k inside; "cudnn" and "flash_attention_2" are PyTorch's, on contiguous q, k and v, without norm.
-Each is first held against explicit softmax in float64. Several calls in a row, captured as a CUDA graph, are timed on
-the GPU's clock.
+A case is sequences x length, of 16 heads of 72 or --head-dim in bfloat16, and a direction. "cuda" is our kernel on
+packed qkv, with the RMSNorm of q and k inside; "cudnn" and "flash_attention_2" are PyTorch's, on contiguous q, k and v,
+without norm. Each is first held against explicit softmax in float64. Several calls in a row, captured as a CUDA graph,
+are timed on the GPU's clock.
 
 --once runs each of our kernels once and times nothing, for a profiler:
 
@@ -13,6 +13,7 @@ the GPU's clock.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 
@@ -41,27 +42,32 @@ def parse_case(case: str) -> tuple[int, int]:
     return int(sequences), int(length)
 
 
-def flops(sequences: int, length: int, backward: bool) -> int:
+def case_name(case: str, head_dim: int) -> str:
+    """The case as its records have it: "96x144", or "96x144x64" of another head dimension than STDiT-2's."""
+    return case if head_dim == HEAD_DIM else f"{case}x{head_dim}"
+
+
+def flops(sequences: int, length: int, backward: bool, head_dim: int = HEAD_DIM) -> int:
     """Operations of the products: two of length x length x head dimension a head forward, five backward."""
-    return (10 if backward else 4) * sequences * HEADS * length**2 * HEAD_DIM
+    return (10 if backward else 4) * sequences * HEADS * length**2 * head_dim
 
 
-def least_bytes(sequences: int, length: int, backward: bool) -> int:
+def least_bytes(sequences: int, length: int, backward: bool, head_dim: int = HEAD_DIM) -> int:
     """Bytes that must move: q, k, v and o; backward q, k, v, o, the gradient of o, and three gradients."""
-    return (8 if backward else 4) * sequences * length * HEADS * HEAD_DIM * 2
+    return (8 if backward else 4) * sequences * length * HEADS * head_dim * 2
 
 
 class Inputs:
     """Random qkv [N, S, 3, H, D], weights of the norms, and a gradient of o [N, S, H, D]."""
 
-    def __init__(self, sequences: int, length: int):
+    def __init__(self, sequences: int, length: int, head_dim: int = HEAD_DIM):
         generator = torch.Generator("cuda").manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, device="cuda", generator=generator).bfloat16()
 
-        self.qkv, self.d_o = randn(sequences, length, 3, HEADS, HEAD_DIM), randn(sequences, length, HEADS, HEAD_DIM)
-        self.q_weight, self.k_weight = 1 + 0.1 * randn(HEAD_DIM), 1 + 0.1 * randn(HEAD_DIM)
+        self.qkv, self.d_o = randn(sequences, length, 3, HEADS, head_dim), randn(sequences, length, HEADS, head_dim)
+        self.q_weight, self.k_weight = 1 + 0.1 * randn(head_dim), 1 + 0.1 * randn(head_dim)
 
 
 def our_calls(x: Inputs) -> tuple[Callable, Callable]:
@@ -100,7 +106,7 @@ def errors(x: Inputs, results: list[Tensor], norm: bool) -> list[float]:
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     if norm:
         q, k = rms_norm(q, x.q_weight.double(), EPS), rms_norm(k, x.k_weight.double(), EPS)
-    o = ((q @ k.mT / HEAD_DIM**0.5).softmax(-1) @ v).transpose(1, 2)
+    o = ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2)
     d_qkv = torch.autograd.grad(o, qkv, x.d_o[:1].double())[0]
     return [
         float((got[:1].double() - want).norm() / want.norm())
@@ -132,10 +138,11 @@ def timed(call: Callable, calls: int, repeats: int) -> list[float]:
     return times
 
 
-def run(case: str, impl: str, args: argparse.Namespace) -> list[Record]:
+def run(case: str, head_dim: int, impl: str, args: argparse.Namespace) -> list[Record]:
     """Checks and times one implementation on one case."""
     sequences, length = parse_case(case)
-    x = Inputs(sequences, length)
+    x = Inputs(sequences, length, head_dim)
+    case = case_name(case, head_dim)
     forward, backward = our_calls(x) if impl == OURS else library_calls(x, impl)
     found = errors(x, forward() + backward(), norm=impl == OURS)
     if not max(found) < TOLERANCE:
@@ -143,7 +150,7 @@ def run(case: str, impl: str, args: argparse.Namespace) -> list[Record]:
     records = []
     for direction, call in (("forward", forward), ("backward", getattr(backward, "bare", backward))):
         is_backward = direction == "backward"
-        counted = {f.__name__: f(sequences, length, is_backward) for f in (flops, least_bytes)}
+        counted = {f.__name__: f(sequences, length, is_backward, head_dim) for f in (flops, least_bytes)}
         records.append(
             Record.of_times(
                 "attention",
@@ -161,6 +168,7 @@ def run(case: str, impl: str, args: argparse.Namespace) -> list[Record]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--head-dim", nargs="+", type=int, default=[HEAD_DIM], choices=cuda_attention.HEAD_DIMS)
     parser.add_argument("--impl", nargs="+", default=[OURS, *LIBRARIES], choices=[OURS, *LIBRARIES])
     parser.add_argument("--calls", type=int, default=10, help="in a row, of which the mean is taken")
     parser.add_argument("--repeats", type=int, default=5)
@@ -173,21 +181,20 @@ def main() -> int:
     if not served:
         raise SystemExit(f"our attention cannot run here: {reason}")
     if args.once:
-        for case in args.cases:
-            forward, backward = our_calls(Inputs(*parse_case(case)))
+        for case, head_dim in itertools.product(args.cases, args.head_dim):
+            forward, backward = our_calls(Inputs(*parse_case(case), head_dim))
             forward()
             backward()
         torch.cuda.synchronize()
         return 0
     print(COLUMNS)
-    for case in args.cases:
-        for impl in args.impl:
-            records = run(case, impl, args)
-            for r in records:
-                print(f"{r.case:<22}{impl:<20}{r.ms:>9.4f}{r.ms_low:>9.4f}{r.ms_high:>9.4f}"
-                      f"{r.flops / r.ms / 1e9:>9.0f}{r.bytes / r.ms / 1e6:>8.0f}", flush=True)  # fmt: skip
-            if args.out:
-                append(args.out, records)
+    for case, head_dim, impl in itertools.product(args.cases, args.head_dim, args.impl):
+        records = run(case, head_dim, impl, args)
+        for r in records:
+            print(f"{r.case:<22}{impl:<20}{r.ms:>9.4f}{r.ms_low:>9.4f}{r.ms_high:>9.4f}"
+                  f"{r.flops / r.ms / 1e9:>9.0f}{r.bytes / r.ms / 1e6:>8.0f}", flush=True)  # fmt: skip
+        if args.out:
+            append(args.out, records)
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
 from kernel_checks import check, randn, relative_error
 
 from stdit_fast import _cuda, ops
@@ -23,7 +24,10 @@ BUILT, BUILT_REASON = _cuda.built()
 ON_GPU, GPU_REASON = cuda_attention.available(0) if torch.cuda.is_available() else (False, "no GPU")
 needs_library = pytest.mark.skipif(not BUILT, reason=f"CUDA library {BUILT_REASON}")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc on PATH")
+# Triton brings one.
+CUOBJDUMP = shutil.which("cuobjdump") or next(
+    (str(path) for path in Path(triton.__file__).parent.glob("backends/nvidia/bin/cuobjdump")), ""
+)
 
 # Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time, of
 # the last of them 48 or 64; 512 keys, as many as stay in shared memory; 320 keys, of more of which the backward pass is
@@ -61,7 +65,7 @@ def arguments(**changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"head_dim": 56}, f"head dimension 56, where {cuda_attention.served_head_dims()} can be served"),
+        ({"head_dim": 56}, "head dimension 56, where 64, 72, 80, 96, 128 can be served"),
         ({"queries": 0}, "an empty dimension"),
         ({"q": (0, 8, 8, 8)}, "q is null"),
         ({"k": (4104, 8, 8, 8)}, "k does not begin at a multiple of 16 bytes"),
@@ -71,6 +75,10 @@ def arguments(**changes) -> dict:
         ({"sequences": 2**30, "heads": 16}, r"more than 2\^30 blocks"),
         ({"scale": -1.0}, "scale -1.000000, where positive ones are served"),
         ({"key_starts": 256, "packed_keys": 8}, "packed keys with a norm"),
+        (
+            {"key_starts": 256, "packed_keys": 8, "head_dim": 128, **PLAIN},
+            "packed keys at head dimension 128, whose keys",
+        ),
         ({"key_starts": 256, "packed_keys": 0, **PLAIN}, "0 packed keys"),
         ({"key_starts": 256, "packed_keys": 999, "keys": 321, **PLAIN}, "packed sequences of 321 keys, where 320 can"),
     ],
@@ -102,54 +110,34 @@ def test_gradients_that_cannot_be_written_are_refused():
         call.backward(**{**rest, "scratch": 100})
 
 
-@needs_nvcc
-def test_registers_are_those_of_the_table(tmp_path):
-    """Hot kernels live in registers: what a change costs shows here. `registers.json` holds what nvcc 13.0 gives."""
-    table = json.loads(REGISTERS.read_text())
-    found = registers_of(tmp_path)
-    assert set(found) == set(table), "write the new kernel into csrc/registers.json"
+@needs_library
+@pytest.mark.skipif(not CUOBJDUMP, reason="no cuobjdump")
+def test_registers_are_those_of_the_table():
+    """Hot kernels live in registers: what a change costs shows here. `registers.json` holds what nvcc 13.0 gives, and
+    `python tests/test_cuda_attention.py` writes it anew from the library as built."""
+    if not _cuda.library().cuda_compiler.startswith("13.0."):
+        pytest.skip(BUILT_REASON)
+    table, found = json.loads(REGISTERS.read_text()), registers_of_library()
+    assert set(found) == set(table), "write the kernels of the library as built now into csrc/registers.json"
     for kernel, used in found.items():
         for what, count in used.items():
             assert count <= table[kernel][what], f"{kernel}: {what} {count}, in {REGISTERS.name} {table[kernel][what]}"
 
 
-def registers_of(folder: Path) -> dict[str, dict[str, int]]:
-    """Registers a thread, bytes of spilling stores and loads, by kernel and its numbers in brackets."""
-    command = ["nvcc", "-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas=-v"]
-    command += [f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+def registers_of_library() -> dict[str, dict[str, int]]:
+    """Registers a thread and bytes of its stack, where those lie that do not fit, by kernel and its numbers in
+    brackets."""
+    command = [CUOBJDUMP, "--dump-resource-usage", str(Path(_cuda.library().__file__).with_name("libstdit_cuda.so"))]
+    text = subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE).stdout
     found = {}
-    for source, definitions in compilations():
-        result = subprocess.run(
-            [*command, *definitions, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        assert result.returncode == 0, result.stdout
-        pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) "
-        for mangled, stores, loads, registers in re.findall(pattern, result.stdout, re.DOTALL):
-            name = re.search(r"[a-z]+(?:_[a-z]+)*_kernel|$", mangled)[0]
-            if not name:
-                continue
-            numbers = ",".join(re.findall(r"L[ib](\d+)E", mangled))
-            dtype = "float" if "kernelIf" in mangled else "bfloat16" if "kernelI13__nv_bfloat16" in mangled else ""
-            found[f"{name}[{numbers or dtype}]"] = {
-                "registers": int(registers),
-                "spill_stores": int(stores),
-                "spill_loads": int(loads),
-            }
+    for mangled, registers, stack in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", text):
+        name = re.search(r"[a-z]+(?:_[a-z]+)*_kernel|$", mangled)[0]
+        if not name:
+            continue
+        numbers = ",".join(re.findall(r"L[ib](\d+)E", mangled))
+        dtype = "float" if "kernelIf" in mangled else "bfloat16" if "kernelI13__nv_bfloat16" in mangled else ""
+        found[f"{name}[{numbers or dtype}]"] = {"registers": int(registers), "stack": int(stack)}
     return found
-
-
-def compilations() -> list[tuple[Path, list[str]]]:
-    """The library's CUDA files, each with the definitions that it is compiled with: once, or once a head dimension."""
-    result = []
-    for source in sorted(CSRC.rglob("*.cu")):
-        if source.parent.name == "attention":
-            result += [(source, [f"-DSTDIT_HEAD_DIM={d}"]) for d in cuda_attention.HEAD_DIMS]
-        elif source.parent.name != "checks":
-            result.append((source, []))
-    return result
 
 
 # ------------------------------------------------------------ on a GPU
@@ -163,11 +151,13 @@ def plain(qkv, q_weight, k_weight):
     return ops.spatial_attention(qkv, q_weight, k_weight, backend="reference")
 
 
-def inputs(batch: int, frames: int, length: int, heads: int, norm: bool = True, scale: float = 1.0) -> dict:
-    qkv = randn(batch, frames, length, 3, heads, HEAD_DIM, scale=scale)
+def inputs(
+    batch: int, frames: int, length: int, heads: int, norm: bool = True, scale: float = 1.0, head_dim: int = HEAD_DIM
+) -> dict:
+    qkv = randn(batch, frames, length, 3, heads, head_dim, scale=scale)
     if not norm:
         return {"qkv": qkv, "q_weight": None, "k_weight": None}
-    return {"qkv": qkv, **{f"{x}_weight": 1 + 0.3 * randn(HEAD_DIM, seed=i) for i, x in enumerate("qk")}}
+    return {"qkv": qkv, **{f"{x}_weight": 1 + 0.3 * randn(head_dim, seed=i) for i, x in enumerate("qk")}}
 
 
 @needs_gpu
@@ -175,6 +165,28 @@ def inputs(batch: int, frames: int, length: int, heads: int, norm: bool = True, 
 def test_against_the_definition(length):
     given = inputs(1, 2, length, 3)
     assert not cuda_attention.unserved(given["qkv"].bfloat16())
+    check(fused, plain, given, torch.bfloat16)
+
+
+OTHER_HEAD_DIMS = [d for d in cuda_attention.HEAD_DIMS if d != HEAD_DIM]
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [2, 65, 144, 161, 193, 300, 321, 449, 1100])
+@pytest.mark.parametrize("head_dim", OTHER_HEAD_DIMS)
+def test_other_head_dims(head_dim, length):
+    given = inputs(1, 2, length, 3, head_dim=head_dim)
+    assert not cuda_attention.unserved(given["qkv"].bfloat16())
+    check(fused, plain, given, torch.bfloat16)
+
+
+@needs_gpu
+@pytest.mark.parametrize("length", [144, 300, 390])
+@pytest.mark.parametrize("head_dim", OTHER_HEAD_DIMS)
+def test_other_head_dims_without_norm_or_with_large_weights(head_dim, length):
+    check(fused, plain, inputs(1, 2, length, 2, norm=False, scale=4.0, head_dim=head_dim), torch.bfloat16)
+    given = inputs(1, 1, length, 2, head_dim=head_dim)
+    given["q_weight"], given["k_weight"] = given["q_weight"] * 4, given["k_weight"] * 4
     check(fused, plain, given, torch.bfloat16)
 
 
@@ -195,15 +207,17 @@ def test_weights_too_large_for_a_bound(length):
     check(fused, plain, given, torch.bfloat16)
 
 
+SIZES = [(24, 144, 16, 72), (24, 300, 16, 72), (2, 300, 3, 72), (2, 1100, 16, 72), (40, 513, 16, 72)]
+SIZES += [(frames, length, 16, d) for d in OTHER_HEAD_DIMS for frames, length in ((24, 144), (24, 300), (16, 513))]
+
+
 @needs_gpu
-@pytest.mark.parametrize(
-    ("frames", "length", "heads"), [(24, 144, 16), (24, 300, 16), (2, 300, 3), (2, 1100, 16), (40, 513, 16)]
-)
-def test_more_heads_than_multiprocessors(frames, length, heads):
+@pytest.mark.parametrize(("frames", "length", "heads", "head_dim"), SIZES)
+def test_more_heads_than_multiprocessors(frames, length, heads, head_dim):
     """Blocks take several units; up to 320 keys, a head's are walked by one block or shared by several, in turn."""
-    given = inputs(1, frames, length, heads)
+    given = inputs(1, frames, length, heads, head_dim=head_dim)
     given = {name: x.bfloat16().requires_grad_() for name, x in given.items()}
-    grad = randn(1, frames, length, heads * HEAD_DIM, seed=9, dtype=torch.bfloat16)
+    grad = randn(1, frames, length, heads * head_dim, seed=9, dtype=torch.bfloat16)
     ours = gradients(fused, given, grad)
     for got, again in zip(ours, gradients(fused, given, grad), strict=True):
         assert torch.equal(got, again)
@@ -217,7 +231,8 @@ def gradients(function, given: dict, grad: torch.Tensor) -> list[torch.Tensor]:
 
 
 @needs_gpu
-def test_every_value_is_written(monkeypatch):
+@pytest.mark.parametrize("head_dim", cuda_attention.HEAD_DIMS)
+def test_every_value_is_written(monkeypatch, head_dim):
     """Memory that comes full of NaN leaves none in the outputs."""
     empty = torch.Tensor.new_empty
 
@@ -227,8 +242,8 @@ def test_every_value_is_written(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
     for length in (5, 144, 300, 390):
-        given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, length, 3).items()}
-        for x in gradients(fused, given, randn(1, 2, length, 3 * HEAD_DIM, dtype=torch.bfloat16)):
+        given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, length, 3, head_dim=head_dim).items()}
+        for x in gradients(fused, given, randn(1, 2, length, 3 * head_dim, dtype=torch.bfloat16)):
             assert x.isfinite().all()
 
 
@@ -269,19 +284,19 @@ TEXTS = [
 PACKED = dict(argvalues=TEXTS, ids=lambda value: "-".join(map(str, value[:5])) if isinstance(value, list) else None)
 
 
-def text_inputs(lengths: list[int], queries: int, heads: int) -> tuple[dict, object]:
+def text_inputs(lengths: list[int], queries: int, heads: int, head_dim: int = HEAD_DIM) -> tuple[dict, object]:
     """q and kv of cross attention, and the text's layout."""
     longest = max(lengths)
     mask = torch.arange(longest) < torch.tensor(lengths)[:, None]
     layout = ops.text_layout(mask, len(lengths), longest, torch.device("cuda"))
-    shapes = {"q": (len(lengths), queries, heads, HEAD_DIM), "kv": (sum(lengths), 2, heads, HEAD_DIM)}
+    shapes = {"q": (len(lengths), queries, heads, head_dim), "kv": (sum(lengths), 2, heads, head_dim)}
     return {name: randn(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}, layout
 
 
 @needs_gpu
 @pytest.mark.parametrize(("lengths", "queries", "heads"), **PACKED)
-def test_cross_attention_against_the_definition(lengths, queries, heads):
-    given, layout = text_inputs(lengths, queries, heads)
+def test_cross_attention_against_the_definition(lengths, queries, heads, head_dim=HEAD_DIM):
+    given, layout = text_inputs(lengths, queries, heads, head_dim)
     assert not cuda_attention.unserved(given["q"].bfloat16(), layout.max_length)
     kwargs = {"layout": layout}
     check(
@@ -290,6 +305,13 @@ def test_cross_attention_against_the_definition(lengths, queries, heads):
         given,
         torch.bfloat16,
     )
+
+
+@needs_gpu
+@pytest.mark.parametrize(("lengths", "queries", "heads"), [TEXTS[1], *TEXTS[3:7], TEXTS[8]], ids=PACKED["ids"])
+@pytest.mark.parametrize("head_dim", [d for d in cuda_attention.TEXT_HEAD_DIMS if d != HEAD_DIM])
+def test_cross_attention_of_other_head_dims(head_dim, lengths, queries, heads):
+    test_cross_attention_against_the_definition(lengths, queries, heads, head_dim)
 
 
 @needs_gpu
@@ -318,10 +340,17 @@ def test_cross_attention_over_padded_and_strided_text(monkeypatch):
 
 
 @needs_gpu
-def test_longer_texts_fall_back():
-    given, layout = text_inputs([321, 4], 10, 2)
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "reason"),
+    [
+        ([321, 4], HEAD_DIM, "a text of 321 tokens, where 320 fit"),
+        ([32, 4], 128, f"head dimension 128, where {cuda_attention.served_head_dims(text=True)} can be served"),
+    ],
+)
+def test_texts_that_fall_back(lengths, head_dim, reason):
+    given, layout = text_inputs(lengths, 10, 2, head_dim)
     q, kv = given["q"].bfloat16(), given["kv"].bfloat16()
-    assert cuda_attention.unserved(q, layout.max_length) == "a text of 321 tokens, where 320 fit"
+    assert cuda_attention.unserved(q, layout.max_length) == reason
     got, want = (ops.cross_attention(q, kv, layout, backend=backend) for backend in ("fused", "reference"))
     assert relative_error(got, want) < 1e-2
 
@@ -352,3 +381,8 @@ def test_registered_op():
     torch.library.opcheck(spatial_attention._op, (qkv, *w, 1e-6))
     compiled = torch.compile(fused, fullgraph=True)
     assert torch.equal(compiled(qkv, *w), fused(qkv, *w))
+
+
+if __name__ == "__main__":
+    rows = [f'  "{kernel}": {json.dumps(used)}' for kernel, used in sorted(registers_of_library().items())]
+    REGISTERS.write_text("{\n" + ",\n".join(rows) + "\n}\n")

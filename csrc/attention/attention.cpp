@@ -22,12 +22,28 @@ void attention_forward(const stdit_attention& call, cudaStream_t stream) {
 }
 
 void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
-  of_head_dim(call.head_dim, [&](auto d) { backward<d>(call, gradients, stream); });
+  of_head_dim(call.head_dim, [&](auto d) {
+    if constexpr (kServesPackedKeys<d>) {
+      if (call.key_starts != nullptr) return packed_backward<d>(call, gradients, stream);
+    }
+    if constexpr (kHasShortBackward<d>) {
+      if (rounds_keys<d>(call)) return short_backward<d>(call, gradients, stream);
+    }
+    long_backward<d>(call, gradients, stream);
+  });
 }
 
 int64_t attention_backward_scratch(const stdit_attention& call) {
   int64_t bytes = 0;
-  of_head_dim(call.head_dim, [&](auto d) { bytes = backward_scratch<d>(call); });
+  of_head_dim(call.head_dim, [&](auto d) {
+    bytes = long_backward_scratch<d>(call);
+    if constexpr (kHasShortBackward<d>) {
+      if (rounds_keys<d>(call)) bytes = short_backward_scratch<d>(call);
+    }
+    if constexpr (kServesPackedKeys<d>) {
+      if (call.key_starts != nullptr) bytes = packed_backward_scratch<d>(call);
+    }
+  });
   return bytes;
 }
 

@@ -19,8 +19,9 @@
 // a unit of its own: blocks start at different tiles of queries, and a tile's counter says whose turn it is. Partial
 // sums of so many heads as are under way lie in a ring, which stays in the L2 cache.
 //
-// Tiles: 129 to 192 keys take three consumers and 48 queries a tile (144 = 3 * 48), which is what their registers hold;
-// all other lengths two consumers and 64 queries. 128 queries a tile were not faster.
+// Tiles: 129 to 192 keys take three consumers and 48 queries a tile (144 = 3 * 48), which is what their registers hold,
+// of heads up to 72 wide; all other lengths, and heads of 80, two consumers and 64 queries. 128 queries a tile were not
+// faster. Wider heads' sums leave no room for this kernel: long_backward.cu serves them at any length.
 //
 // delta = rowsum(do * o) comes from a small kernel before; the weights' gradients, summed by each block over its dq
 // tiles, are added by one after.
@@ -44,7 +45,7 @@ struct Backward {
   static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   static constexpr int kFeederRegisters = kConsumers == 3 ? 32 : 72;
   // Where registers allow it, partial sums are read before they are needed, and p is kept in 32 bits.
-  static constexpr bool kEarly = kConsumers == 2;
+  static constexpr bool kEarly = kConsumers == 2 && D <= 72;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
   using KeyTile = Tile<D, 64>;  // of one consumer
   using QueryTile = Tile<D, kQueries>;
@@ -605,40 +606,34 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
 }
 
 template <int D>
-using Short = Backward<D, 3, 48, 3, true>;
+using Narrow = Backward<D, 2, 64, 3, false>;
 template <int D>
-using Long = Backward<D, 2, 64, 3, false>;
+using Wide = Backward<D, 3, 48, 3, true>;
 
-template <int D>
-bool is_short(const stdit_attention& call) {
-  return call.keys > Long<D>::kKeys && call.keys <= Short<D>::kKeys;
+// Calls f(a kernel) with the one that serves a call.
+template <int D, class F>
+void choose(const stdit_attention& call, F f) {
+  if constexpr (D <= 72) {
+    if (call.keys > Narrow<D>::kKeys && call.keys <= Wide<D>::kKeys) return f(Wide<D>{});
+  }
+  f(Narrow<D>{});
 }
-// Of more keys, seven products in two kernels are faster than five in one; they scale scores.
-bool is_long(const stdit_attention& call) { return !rounds_keys(call); }
 
 }  // namespace
 
 template <int D>
-int64_t backward_scratch(const stdit_attention& call) {
-  if (call.key_starts != nullptr) return packed_backward_scratch<D>(call);
-  if (is_long(call)) return long_backward_scratch<D>(call);
-  return is_short<D>(call) ? plan_of<Short<D>>(call).bytes : plan_of<Long<D>>(call).bytes;
+int64_t short_backward_scratch(const stdit_attention& call) {
+  int64_t bytes = 0;
+  choose<D>(call, [&](auto kernel) { bytes = plan_of<decltype(kernel)>(call).bytes; });
+  return bytes;
 }
 
 template <int D>
-void backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
-  if (call.key_starts != nullptr) {
-    packed_backward<D>(call, gradients, stream);
-  } else if (is_long(call)) {
-    long_backward<D>(call, gradients, stream);
-  } else if (is_short<D>(call)) {
-    launch<Short<D>>(call, gradients, stream);
-  } else {
-    launch<Long<D>>(call, gradients, stream);
-  }
+void short_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
+  choose<D>(call, [&](auto kernel) { launch<decltype(kernel)>(call, gradients, stream); });
 }
 
-template int64_t backward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
-template void backward<STDIT_HEAD_DIM>(const stdit_attention&, const stdit_attention_gradients&, cudaStream_t);
+template int64_t short_backward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
+template void short_backward<STDIT_HEAD_DIM>(const stdit_attention&, const stdit_attention_gradients&, cudaStream_t);
 
 }  // namespace stdit

@@ -47,7 +47,8 @@ struct Forward {
   static constexpr int kTail = kKeys == 128 || (kKeys == 80 && !kPacked) ? 64 : 48;  // keys of a narrow last tile
   using QueryTile = Tile<D, 64>;
   using KeyTile = Tile<D, kKeys>;
-  static constexpr int kFeederRegisters = kConsumers == 2 ? (D > 96 ? 40 : 72) : kPacked || kKeys == 96 ? 32 : 56;
+  static constexpr int kFeederRegisters =
+      kConsumers == 2 ? (D > 96 ? 40 : 72) : kPacked || kKeys == 96 || D > 80 ? 32 : 56;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
 
   struct Shared {
@@ -181,7 +182,7 @@ __device__ __forceinline__ void normalise(const ForwardArguments& a, typename F:
       s.k_full[kv.stage].wait(kv.parity);
       if (a.norm.normalise_k) {
         dealer.deal((min(F::kKeys, a.keys - key) + 15) / 16, [&](int group) {
-          if (a.rounds_keys) {
+          if (kHasShortBackward<F::D> && a.rounds_keys) {
             scale_rows<F::D, F::kKeys>(s.k[kv.stage], group * 16, true, a.norm.epsilon, nullptr);
           } else {
             row_factors<F::D, F::kKeys>(s.k[kv.stage], group * 16, a.norm.epsilon, s.k_factors[kv.stage]);
@@ -494,7 +495,7 @@ void launch(const stdit_attention& call, cudaStream_t stream) {
   a.o = make_tile_maps<F::D>(array_of(call.o), call.sequences, call.queries, call.heads, 16);
   a.norm = norm_of(call);
   a.score_factor = a.norm.score_factor();
-  a.rounds_keys = rounds_keys(call);
+  a.rounds_keys = rounds_keys<F::D>(call);
   a.key_starts = call.key_starts;
   a.sequences = static_cast<int>(call.sequences);
   a.lse = call.lse;
@@ -533,13 +534,17 @@ int64_t tiles_of(const stdit_attention& call) {
 template <int D>
 void forward(const stdit_attention& call, cudaStream_t stream) {
   using Middle = Forward<D, 2, 128, D <= 80 ? 4 : D <= 96 ? 3 : 2>;
-  if constexpr (D <= 80) {
-    using Short = Forward<D, 3, 80, 4>;
-    using Long = Forward<D, 3, 96, 4>;
-    using Packed = Forward<D, 3, 80, 4, true>;
+  if constexpr (kServesPackedKeys<D>) {
+    using Packed = Forward<D, D <= 80 ? 3 : 2, 80, 4, true>;
     static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
     if (call.key_starts != nullptr) return launch<Packed>(call, stream);
+  }
+  if constexpr (D <= 96) {
+    using Short = Forward<D, 3, 80, D <= 80 ? 4 : 3>;
     if (call.keys <= 2 * Short::kKeys) return launch<Short>(call, stream);
+  }
+  if constexpr (D <= 80) {
+    using Long = Forward<D, 3, 96, 4>;
     // A tile of either takes as long; in the ring, once more, it costs nothing.
     const bool stay = call.keys <= Middle::kKeys * Middle::kStages && call.keys > 2 * Long::kKeys;
     if (!stay && tiles_of<Long>(call) < tiles_of<Middle>(call)) return launch<Long>(call, stream);

@@ -1,7 +1,7 @@
 // Head dimensions that the kernels are made for, and what is made for each.
 //
-// Each .cu file of this folder is compiled once for every head dimension, with that as STDIT_HEAD_DIM (CMakeLists.txt has
-// the same list), and instantiates its part of what is declared here; attention.cpp picks.
+// Each .cu file of this folder is compiled once for every head dimension that it serves, with that as STDIT_HEAD_DIM
+// (CMakeLists.txt has the same lists), and instantiates its part of what is declared here; attention.cpp picks.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,25 +29,42 @@ struct HeadDims {
   }
 };
 
-using ServedHeadDims = HeadDims<72>;
+using ServedHeadDims = HeadDims<64, 72, 80, 96, 128>;
+
+// Over packed keys all of a head's keys stay in shared memory.
+template <int D>
+constexpr bool kServesPackedKeys = D <= 96;
+
+// Whether one kernel finds all gradients of a head of few keys: wider heads' leave no room for that in registers.
+template <int D>
+constexpr bool kHasShortBackward = D <= 80;
+
+// Up to so many keys their normalised rows are rounded to bfloat16 before they are multiplied; of more, what is multiplied
+// are the rows as they came, and the scores are scaled instead. Both passes must see the same scores: where keys are
+// rounded the backward pass is the one kernel's, else the two kernels'.
+constexpr int64_t kMostRoundedKeys = 320;
+template <int D>
+bool rounds_keys(const stdit_attention& call) {
+  return kHasShortBackward<D> && call.keys <= kMostRoundedKeys;
+}
 
 template <int D>
-void forward(const stdit_attention& call, cudaStream_t stream);
+void forward(const stdit_attention& call, cudaStream_t stream);  // forward.cu
 
+// Scratch memory's bytes, and the gradients: of few keys, if kHasShortBackward (backward.cu),
 template <int D>
-void backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+int64_t short_backward_scratch(const stdit_attention& call);
 template <int D>
-int64_t backward_scratch(const stdit_attention& call);
-
-// What backward hands on: sequences of more than a few hundred keys (long_backward.cu), and packed keys
-// (packed_backward.cu).
-template <int D>
-void long_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+void short_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+// of any number (long_backward.cu),
 template <int D>
 int64_t long_backward_scratch(const stdit_attention& call);
 template <int D>
-void packed_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+void long_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+// and of packed keys, if kServesPackedKeys (packed_backward.cu).
 template <int D>
 int64_t packed_backward_scratch(const stdit_attention& call);
+template <int D>
+void packed_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
 
 }  // namespace stdit

@@ -799,9 +799,9 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
 }
 
 template <int D>
-using Queries = QueryGradient<D, 3, 64, 3>;
+using Queries = QueryGradient<D, D <= 80 ? 3 : 2, D <= 96 ? 64 : 48, D <= 96 ? 3 : 2>;
 template <int D>
-using Keys = KeyGradient<D, 80, 4>;
+using Keys = KeyGradient<D, D <= 80 ? 80 : D <= 96 ? 64 : 48, D <= 96 ? 4 : 3>;
 
 }  // namespace
 

@@ -13,7 +13,7 @@
 //
 // attention_packed_dkv_kernel: a block keeps 128 keys of a head, 64 a consumer, and walks over tiles of 64 queries, five
 // of which are on their way; their lse and delta come with them.
-//   s^T = k q^T, dp^T = v do^T      k from registers
+//   s^T = k q^T, dp^T = v do^T      k from registers, of heads up to 80 wide
 //   dv += p^T do, dk += ds^T q      p^T and ds^T from registers
 // The consumers take turns at asking for products (turns.h). In dq they do not: there memory is the limit.
 // All tiles of all blocks of keys of a head, in a row, are cut into equal parts. Where a cut falls into a block of keys,
@@ -279,7 +279,8 @@ struct KeyGradient {
   static constexpr int kKeys = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
   static constexpr int kFeederRegisters = 40;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
-  using KeyTile = Tile<D, 64>;  // of one consumer
+  static constexpr bool kKeysInRegisters = D <= 80;  // wider heads leave no room for k; none leave it for v as well
+  using KeyTile = Tile<D, 64>;                       // of one consumer
   using QueryTile = Tile<D, kQueries>;
   static constexpr int kPartialFloats = 128 * D / 2;  // of a consumer's dk or dv
 
@@ -460,17 +461,24 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
       }
       continue;
     }
-    Fragments<D> k;  // v too would take more registers than there are
-    k.template load<64>(s.k[kv.stage][consumer], 16 * warp);
+    Fragments<D> k;
+    if constexpr (G::kKeysInRegisters) k.template load<64>(s.k[kv.stage][consumer], 16 * warp);
+    const auto k_operand = ColumnsOperand::of<KeyTile>(s.k[kv.stage][consumer]);
     const auto v_operand = ColumnsOperand::of<KeyTile>(s.v[kv.stage][consumer]);
     float d_k[D / 2], d_v[D / 2], p[kQueries / 2], dp[kQueries / 2];
     uint32_t p16[kQueries / 4], ds16[kQueries / 4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) d_k[i] = d_v[i] = 0.0f;
     const auto ask_scores = [&](int stage) {
-      hold(k.x);
-      wgmma_fence();
-      multiply_columns<kQueries, QueryTile>(p, k.x, ColumnsOperand::of<QueryTile>(s.q[stage]));
+      const auto q_operand = ColumnsOperand::of<QueryTile>(s.q[stage]);
+      if constexpr (G::kKeysInRegisters) {
+        hold(k.x);
+        wgmma_fence();
+        multiply_columns<kQueries, QueryTile>(p, k.x, q_operand);
+      } else {
+        wgmma_fence();
+        multiply_columns<kQueries, KeyTile, QueryTile>(p, k_operand, q_operand);
+      }
       multiply_columns<kQueries, KeyTile, QueryTile>(dp, v_operand, ColumnsOperand::of<QueryTile>(s.d_o[stage]));
       wgmma_commit();
     };

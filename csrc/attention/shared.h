@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/head_dim.h"
 #include "stdit/attention.h"
 #include "stdit/attention_tiles.h"
 #include "stdit/launch_check.h"
@@ -52,11 +53,6 @@ inline NormArguments norm_of(const stdit_attention& call) {
       call.q_weight, call.k_weight, call.weight_dtype == STDIT_FLOAT32, call.normalise_q != 0, call.normalise_k != 0,
       call.epsilon,  call.scale};
 }
-
-// Up to so many keys their normalised rows are rounded to bfloat16 before they are multiplied; of more, what is multiplied
-// are the rows as they came, and the scores are scaled instead. Both passes must see the same scores.
-constexpr int64_t kMostRoundedKeys = 320;
-inline bool rounds_keys(const stdit_attention& call) { return call.keys <= kMostRoundedKeys; }
 
 inline HeadArray array_of(const stdit_heads& h) {
   return {static_cast<__nv_bfloat16*>(h.data), h.sequence_stride, h.row_stride, h.head_stride};

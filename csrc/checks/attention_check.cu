@@ -4,7 +4,7 @@
 //   cmake -S . -B build/cuda -DSTDIT_CHECKS=ON && cmake --build build/cuda --target attention_check
 //   compute-sanitizer --tool memcheck build/cuda/attention_check      # racecheck, synccheck likewise
 //
-// It is built with STDIT_RACECHECK (stdit/barrier.h).
+// It is built with STDIT_RACECHECK (stdit/barrier.h). Head dimensions as arguments: only shapes of those.
 //
 // Prints a line for each shape; ends with status 1 if an error is larger than bfloat16's, or a value was not written.
 
@@ -22,7 +22,6 @@
 
 namespace {
 
-constexpr int D = 72;
 constexpr double kEpsilon = 1e-6;
 constexpr double kTolerance = 2e-2;  // of the root mean square: some roundings to bfloat16
 
@@ -51,6 +50,7 @@ struct OnDevice {
 struct Shape {
   int sequences, rows, heads;
   bool normalise;
+  int head_dim = 72;
 };
 
 std::vector<Bf16> random_values(size_t count, unsigned seed) {
@@ -67,7 +67,7 @@ struct Reference {
 
   // part(i, row, column): q, k, v for i = 0, 1, 2, and the gradient of o for 3. The weights' gradients are added.
   template <class Part>
-  Reference(int queries, int keys, bool normalise, const std::vector<float>& w_q, const std::vector<float>& w_k,
+  Reference(int queries, int keys, int D, bool normalise, const std::vector<float>& w_q, const std::vector<float>& w_k,
             Part part, std::vector<double>& d_weights)
       : o(queries * D), lse(queries), d_q(queries * D), d_k(keys * D), d_v(keys * D) {
     const double scale = 1.0 / std::sqrt(static_cast<double>(D));
@@ -160,7 +160,7 @@ bool judge(const Error (&errors)[6], bool one) {
 }
 
 bool check(const Shape& shape, unsigned seed) {
-  const int N = shape.sequences, S = shape.rows, H = shape.heads;
+  const int N = shape.sequences, S = shape.rows, H = shape.heads, D = shape.head_dim;
   const size_t size = static_cast<size_t>(N) * S * H * D;
   const std::vector<Bf16> qkv = random_values(3 * size, seed), d_o = random_values(size, seed + 1);
   std::vector<float> w_q(D), w_k(D);
@@ -220,7 +220,7 @@ bool check(const Shape& shape, unsigned seed) {
       };
       const auto at_o = [&](int r, int c) { return ((static_cast<size_t>(n) * S + r) * H + h) * D + c; };
       const Reference want(
-          S, S, shape.normalise, w_q, w_k,
+          S, S, D, shape.normalise, w_q, w_k,
           [&](int part, int r, int c) -> double {
             return __bfloat162float(part < 3 ? qkv[at(part, r, c)] : d_o[at_o(r, c)]);
           },
@@ -239,7 +239,7 @@ bool check(const Shape& shape, unsigned seed) {
   if (shape.normalise) {
     for (int i = 0; i < 2 * D; ++i) errors[5].add(d_weights[i], d_weights_want[i]);
   }
-  std::printf("%d x %d x %d%s:", N, S, H, shape.normalise ? "" : ", no norm");
+  std::printf("%d x %d x %d of %d%s:", N, S, H, D, shape.normalise ? "" : ", no norm");
   return judge(errors, S == 1);
 }
 
@@ -247,10 +247,11 @@ bool check(const Shape& shape, unsigned seed) {
 struct PackedShape {
   std::vector<int> lengths;
   int queries, heads;
+  int head_dim = 72;
 };
 
 bool check_packed(const PackedShape& shape, unsigned seed) {
-  const int B = static_cast<int>(shape.lengths.size()), N = shape.queries, H = shape.heads;
+  const int B = static_cast<int>(shape.lengths.size()), N = shape.queries, H = shape.heads, D = shape.head_dim;
   std::vector<int> starts{0};
   for (const int length : shape.lengths) starts.push_back(starts.back() + length);
   const int M = starts.back();
@@ -305,7 +306,7 @@ bool check_packed(const PackedShape& shape, unsigned seed) {
       };
       const std::vector<float> none;
       const Reference want(
-          N, shape.lengths[n], false, none, none,
+          N, shape.lengths[n], D, false, none, none,
           [&](int part, int r, int c) -> double {
             if (part == 0 || part == 3) return __bfloat162float(part == 0 ? q[at(r, c)] : d_o[at(r, c)]);
             return __bfloat162float(kv[at_kv(part - 1, r, c)]);
@@ -328,21 +329,38 @@ bool check_packed(const PackedShape& shape, unsigned seed) {
   }
   std::printf("packed, %d to", N);
   for (const int length : shape.lengths) std::printf(" %d", length);
-  std::printf(" x %d:", H);
+  std::printf(" x %d of %d:", H, D);
   return judge(errors, call.keys == 1);
 }
 
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
   const Shape shapes[] = {{1, 1, 1, true},   {2, 7, 3, true},   {3, 64, 1, true},   {1, 65, 2, true},
                           {2, 129, 1, true}, {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true},
                           {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 321, 2, true},
                           {1, 385, 1, true}, {5, 390, 30, true}, {1, 700, 1, true}, {1, 300, 1, false},
                           {1, 449, 1, false}};
+  std::vector<int> wanted;
+  for (int i = 1; i < count; ++i) wanted.push_back(std::atoi(arguments[i]));
   bool good = true;
   unsigned seed = 1;
-  for (const Shape& shape : shapes) good = check(shape, seed++) && good;
+  const auto is_wanted = [&](int head_dim) {
+    return wanted.empty() || std::find(wanted.begin(), wanted.end(), head_dim) != wanted.end();
+  };
+  const auto run = [&](const Shape& shape) {
+    if (is_wanted(shape.head_dim)) good = check(shape, seed) && good;
+    ++seed;
+  };
+  const auto run_packed = [&](const PackedShape& shape) {
+    if (is_wanted(shape.head_dim)) good = check_packed(shape, seed) && good;
+    ++seed;
+  };
+  for (const Shape& shape : shapes) run(shape);
+  for (const int head_dim : {64, 80, 96, 128}) {
+    for (const int rows : {7, 144, 300, 390}) run({1, rows, 2, true, head_dim});
+    for (const int rows : {161, 449}) run({1, rows, 1, false, head_dim});
+  }
   const PackedShape packed[] = {{{1}, 1, 1},
                                 {{5, 1}, 7, 2},
                                 {{80, 64, 65}, 65, 2},
@@ -350,7 +368,11 @@ int main() {
                                 {{320, 1, 128}, 300, 2},
                                 {{13, 77, 160, 161, 20}, 640, 4},
                                 {std::vector<int>(40, 33), 20, 2}};
-  for (const PackedShape& shape : packed) good = check_packed(shape, seed++) && good;
+  for (const PackedShape& shape : packed) run_packed(shape);
+  for (const int head_dim : {64, 80, 96}) {
+    run_packed({{80, 3, 200}, 130, 2, head_dim});
+    run_packed({{13, 77, 320, 161}, 400, 2, head_dim});
+  }
   std::printf(good ? "all right\n" : "FAILED\n");
   return good ? 0 : 1;
 }

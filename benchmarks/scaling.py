@@ -11,9 +11,11 @@ A step is that of training but for the encoders: diffusion loss, backward, reduc
 inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, full text.
 
 - mix: the buckets of a training configuration as its sampler deals them, of an assumed set of videos and images. One
-  process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for.
+  process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for. N
+  do each step twice, with the gradients' reduction inside the backward pass and after it.
 - long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
-  alone; and a trace of one step, from which follows how long communication runs alone.
+  alone.
+- With --trace, one step of either is profiled, from which follows how long communication runs alone.
 - sample: one guided prediction of a video of 64 frames, as sampling makes them, by one GPU or shared by all.
 """
 
@@ -22,6 +24,8 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -75,20 +79,42 @@ class Training:
         self.optimizer.follow(self.ema.averages, self.ema.decay)
         self.diffusion = IDDPM()
 
-    def step(self, bucket: Bucket, parts: int = 1, part: int = 0) -> tuple[int, float]:
-        """One step on a rank's batch, or its part of one: (its tokens, seconds until its own work was done)."""
-        batch = self._batch(bucket, parts, part)
+    def step(self, bucket: Bucket, parts: int = 1, part: int = 0, overlaps: bool = True) -> tuple[int, float]:
+        """One step on a rank's batch, or its part of one: (its tokens, seconds until its own work was done).
+
+        Args:
+            overlaps: gradients travel while the backward pass goes on. Nothing is its own work alone then: 0 s.
+        """
+        batch = self.batch(bucket, parts, part)
         as_measured = bucket.checkpointed is not None and parts == 1
         self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto")
         started = self._now()
-        self.forward_backward(bucket, parts, batch)
-        own = self._now() - started
-        self.optimizer.reduce_gradients()
-        self.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=self.device))
+        self.forward_backward(bucket, parts, batch, overlaps)
+        own = 0.0 if overlaps else self._now() - started
+        self.update()
         frames, rows, columns = batch["latents"].shape[2:]
         return bucket.batch_size * frames * -(-rows // 2) * -(-columns // 2), own
 
-    def forward_backward(self, bucket: Bucket, parts: int, batch: dict) -> None:
+    def update(self) -> None:
+        self.optimizer.reduce_gradients()
+        self.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=self.device))
+
+    def communication_alone(self, repeats: int = 5) -> dict[str, float]:
+        """ms of the gradients' reduction and of sharing the weights, with nothing beside them; the least of some."""
+        times = {"reduction_alone_ms": [], "sharing_alone_ms": []}
+        for _ in range(repeats):
+            for p in self.bare.parameters():
+                p.grad = torch.randn_like(p)
+            functions = self.optimizer.reduce_gradients, self.optimizer.share_weights
+            for own, function in zip(times.values(), functions, strict=True):
+                self.processes.barrier()
+                started = self._now()
+                function()
+                own.append(1000 * (self._now() - started))
+            self.optimizer.zero_grad()
+        return {name: round(min(own), 2) for name, own in times.items()}
+
+    def forward_backward(self, bucket: Bucket, parts: int, batch: dict, overlaps: bool = True) -> None:
         plugin = self.booster.plugin
         with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
             losses = self.diffusion.training_losses(
@@ -100,9 +126,10 @@ class Training:
                 mask=batch["x_mask"],
                 counted=batch["counted"],
             )
-            self.optimizer.backward(losses["loss"].mean())
+            with self.optimizer.reducing() if overlaps else nullcontext():
+                self.optimizer.backward(losses["loss"].mean())
 
-    def _batch(self, bucket: Bucket, parts: int, part: int) -> dict:
+    def batch(self, bucket: Bucket, parts: int, part: int) -> dict:
         """Random inputs; every second video has its first frame as a condition."""
         count, whole = bucket.batch_size, bucket.num_frames
         frames = part_of(whole, parts, part)
@@ -146,7 +173,7 @@ def assumed_data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.where(rng.random(SAMPLES) < 0.5, frames, 1), height, width
 
 
-def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> Record:
+def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> list[Record]:
     """Times `args.steps` steps, each rank's batches as the sampler deals them."""
     ranks = args.ranks or processes.world_size
     rank = processes.rank if args.rank is None else args.rank
@@ -155,34 +182,63 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
     sampler = BucketSampler(*assumed_data(), buckets, seed=0, world_size=ranks, rank=rank, degrees=degrees)
     requests = _first(iter(sampler), args.steps)
     training = Training(processes, np.unique(degrees).tolist(), args.depth)
+    together = processes.world_size > 1
     for _ in range(args.warmup):  # the same steps: everything is compiled, and memory is where it will be
         for request in requests:
             training.step(buckets[request.bucket], request.parts, request.part)
-    seconds, tokens, waited, names = [], 0, 0.0, []
-    if processes.world_size > 1:
-        processes.barrier()
+    variants = {True: _Mix(), False: _Mix()} if together else {True: _Mix()}
+    names = []
     for request in requests:
         bucket = buckets[request.bucket]
-        started = training._now()
-        count, own = training.step(bucket, request.parts, request.part)
-        seconds.append(training._now() - started)
-        tokens += count
-        waited += max(processes.gather_objects(own)) - own if processes.world_size > 1 else 0.0
+        for overlaps, seen in variants.items():
+            if together:
+                processes.barrier()
+            started = training._now()
+            count, own = training.step(bucket, request.parts, request.part, overlaps)
+            seen.seconds.append(training._now() - started)
+            seen.tokens += count
+            if together:
+                of_all = processes.gather_objects(own)
+                seen.waited += max(of_all) - own
+                seen.slowest += max(of_all)
         names.append(f"{bucket.name} x {bucket.batch_size}" + (f" / {request.parts}" if request.parts > 1 else ""))
-    total = sum(seconds)
-    impl = f"{ranks} GPUs" if processes.world_size > 1 else f"rank {rank} of {ranks} alone"
-    everyone = processes.gather_objects((tokens, total, waited)) if processes.world_size > 1 else [(tokens, total, 0)]
-    notes = {
-        "tokens_per_second_and_gpu": round(sum(t / s for t, s, _ in everyone) / len(everyone)),
-        "waiting_share": round(sum(w / s for _, s, w in everyone) / len(everyone), 4),
+    shared_notes = {
         "expected_imbalance": round(float(np.mean([r.imbalance for r in requests])), 4),
         "sequence_parallel": config.sequence_parallel,
         "bucket_sizes": config.bucket_sizes,
         "steps": names,
         "depth": args.depth,
     }
-    times = [1000 * s for s in seconds]
-    return Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes)
+    records = []
+    for overlaps, seen in variants.items():
+        everyone = processes.gather_objects(seen) if together else [seen]
+        impl = f"{ranks} GPUs" if together else f"rank {rank} of {ranks} alone"
+        notes = {
+            "tokens_per_second_and_gpu": round(sum(s.tokens / sum(s.seconds) for s in everyone) / len(everyone)),
+            **shared_notes,
+        }
+        if together and not overlaps:
+            impl += ", gradients reduced after the backward pass"
+            notes["waiting_share"] = round(sum(s.waited / sum(s.seconds) for s in everyone) / len(everyone), 4)
+            notes["passes_share"] = round(seen.slowest / sum(seen.seconds), 4)  # the slowest rank's, of the step
+        times = [1000 * s for s in seen.seconds]
+        records.append(Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes))
+    if together:
+        records[0].notes |= training.communication_alone()
+        if args.trace:
+            request = requests[-1]
+            records[0].notes |= trace(training, buckets[request.bucket], request.parts, request.part, Path(args.trace))
+    return records
+
+
+@dataclass
+class _Mix:
+    """What one variant of the mix has seen; in seconds, `waited` and `slowest` summed over the steps."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: int = 0
+    waited: float = 0.0
+    slowest: float = 0.0
 
 
 def _first(requests: Iterator[BatchRequest], count: int) -> list[BatchRequest]:
@@ -199,14 +255,18 @@ def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
     training = Training(processes, [parts], args.depth)
     case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
     records = []
+    default = sequence.TOKENS_FOR_TWO_CHUNKS
     # Last as it is by default, of which the trace is.
-    for chunks, threshold in ((1, 2**62), (None, sequence.TOKENS_FOR_TWO_CHUNKS)) if parts > 1 else ((None, 0),):
+    variants = {", in one chunk": (2**62, True), ", gradients reduced after the backward pass": (default, False)}
+    variants = (variants if parts > 1 else {}) | {"": (default, True)}
+    for name, (threshold, overlaps) in variants.items():
         sequence.TOKENS_FOR_TWO_CHUNKS = threshold
+        warmup = 1 if records else args.warmup
         times = []
-        for i in range(args.warmup + args.steps):
+        for i in range(warmup + args.steps):
             started = training._now()
-            tokens, _ = training.step(bucket, parts, processes.rank)
-            times += [1000 * (training._now() - started)] if i >= args.warmup else []
+            tokens, _ = training.step(bucket, parts, processes.rank, overlaps)
+            times += [1000 * (training._now() - started)] if i >= warmup else []
         notes = {
             "tokens_per_second_and_gpu": round(tokens / np.median(times) * 1000),
             "tokens_per_gpu": tokens,
@@ -215,11 +275,11 @@ def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
             "checkpointed_blocks": training.bare.last_checkpointed,
         }
         peak = torch.cuda.max_memory_allocated() / 2**30 if training.device.type == "cuda" else None
-        impl = f"{parts} GPU{'s' * (parts > 1)}" + (", in one chunk" if chunks else "")
+        impl = f"{parts} GPU{'s' * (parts > 1)}{name}"
         records.append(Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes))
     if parts > 1:
         if args.trace:
-            records[-1].notes |= trace(training, bucket, Path(args.trace))
+            records[-1].notes |= trace(training, bucket, parts, processes.rank, Path(args.trace))
         records.append(all_to_all_alone(training, bucket, case))
     return records
 
@@ -247,22 +307,23 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     )
 
 
-def trace(training: Training, bucket: Bucket, path: Path) -> dict:
-    """Profiles one step; rank 0 writes the kernels' intervals to `path`: for each the kind, start and end in ms.
+def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path) -> dict:
+    """Profiles one step on a rank's batch; rank 0 writes the kernels' intervals to `path`: their kind, starts and ends.
 
     Returns:
         Shares of the step, on this rank: communication at all, and while nothing else runs.
     """
     from torch.profiler import ProfilerActivity, profile
 
-    batch = training._batch(bucket, training.processes.world_size, training.processes.rank)
+    batch = training.batch(bucket, parts, part)
     training.processes.barrier()
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        training.forward_backward(bucket, training.processes.world_size, batch)
-        training.optimizer.reduce_gradients()
-        training.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=training.device))
+        training.forward_backward(bucket, parts, batch)
+        training.update()
         torch.cuda.synchronize()
-    kernels = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    # "nccl:..." are ranges around launches, not kernels.
+    on_device = [e for e in recorded.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in on_device if not e.name.startswith("nccl:")]
     first = min(e.time_range.start for e in kernels)
     spans = {"communication": [], "computation": []}
     for e in kernels:
@@ -345,7 +406,7 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--height", type=int, default=LONG["height"])
     parser.add_argument("--width", type=int, default=LONG["width"])
-    parser.add_argument("--trace", help="file for the intervals of one step's kernels")
+    parser.add_argument("--trace", help="file for the intervals of one step's kernels, of mix and long on several GPUs")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
     processes = launch(seed=0)
@@ -353,7 +414,7 @@ def main() -> int:
         options = ["--bucket_sizes", args.bucket_sizes, "--sequence_parallel", args.sequence_parallel]
         config = parse(["--config", args.config, *options], checked=False)
         config.features.path = "given"  # nothing is encoded, which is what a table has to be measured for
-        records = [mix(processes, config, args)]
+        records = mix(processes, config, args)
     elif args.what == "long":
         records = long(processes, args)
     else:

@@ -6,6 +6,7 @@ kernels, and once by a group. Sums come in another order there, so they may diff
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -121,20 +122,23 @@ def mixed_steps(processes: Processes) -> dict:
     want = gradients(truth)
 
     own = on_gpu(*(video if rank < 2 else image))
-    worst, graphed = 0.0, False
-    for _ in range(4):  # the third is captured
+    worst, graphed, found = 0.0, False, []
+    for overlaps in (False, True, True, True, False):  # the third is captured
         parts = 2 if rank < 2 else 1
         with plugin.local_gradients(wrapped), plugin.shared(bare, parts, own[0].shape[2], 5):
             frames = slice(None) if bare.switch is None else bare.switch.frames
             counted = None if bare.switch is None else own[3].sum(1).float()
             loss = losses(wrapped, own, frames, counted).mean()
-        optimizer.backward(loss * world_size / len(batches))
+        with optimizer.reducing() if overlaps else nullcontext():
+            optimizer.backward(loss * world_size / len(batches))
         graphed = graphed or bare.last_graphed
         optimizer.reduce_gradients()
         whole = dict(zip(want, optimizer.gather(optimizer.gradients()), strict=True))
+        found.append(whole)
         worst = max(worst, errors(whole, want)["all"])
         optimizer.zero_grad()
-    return {"worst": worst, "graphed": graphed}
+    same = all(torch.equal(g, found[-1][name]) for name, g in found[-2].items())
+    return {"worst": worst, "graphed": graphed, "same_early": same}
 
 
 def import_booster() -> None:

@@ -213,10 +213,10 @@ def out_of_memory(one) -> str:
     """What is said where a shared batch does not fit; all ranks are made to fail alike here."""
     real, said = one._forward_backward, ""
 
-    def fail(batch, own):
+    def fail(batch, own, last):
         if batch["request"].parts > 1:
             raise torch.OutOfMemoryError("no memory")
-        return real(batch, own)
+        return real(batch, own, last)
 
     one._forward_backward = fail
     for batch in one.data.loader(one.config, pin_memory=False):

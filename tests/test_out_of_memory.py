@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -134,6 +135,34 @@ def test_a_run_that_runs_out_of_memory_is_the_same_to_rounding(trainer, tmp_path
     assert {name for name in again.pieces.limits} >= {name for name in split.pieces.limits}
 
 
+def test_gradients_may_leave_in_the_last_pass_of_a_step_alone(trainer, monkeypatch):  # noqa: F811
+    """Whether it is of a batch or of the last of its pieces, and again where the passes of a step begin anew."""
+    fail_above(monkeypatch, most=1)
+    one = trainer("passes", **CHANGES | {"overlap_reduction": "true"})
+    passes, inside, real = [], [], one.booster.backward  # (step, whether gradients may leave, whether it failed)
+
+    @contextmanager
+    def reducing():
+        inside.append(True)
+        try:
+            yield
+        finally:
+            inside.clear()
+
+    def backward(*args):
+        passes.append((one.step, bool(inside), True))
+        real(*args)
+        passes[-1] = (one.step, bool(inside), False)
+
+    monkeypatch.setattr(one.optimizer, "reducing", reducing)
+    monkeypatch.setattr(one.booster, "backward", backward)
+    one.train()
+    for step in range(3):
+        *before, last = [leaving for number, leaving, failed in passes if number == step and not failed]
+        assert last and not any(before) and before
+    assert any(failed for *_, failed in passes)
+
+
 def test_a_single_sample_that_does_not_fit_ends_the_run(trainer, monkeypatch):  # noqa: F811
     fail_above(monkeypatch, most=0)
     one = trainer("none", **BIG | {"steps": 20})
@@ -143,7 +172,6 @@ def test_a_single_sample_that_does_not_fit_ends_the_run(trainer, monkeypatch):  
 
 WORKER = """
 import sys
-from types import SimpleNamespace
 
 import torch
 from stdit_fast.train.config import parse
@@ -161,16 +189,14 @@ trainer.train()
 sys.stdout.write(f"limits {trainer.processes.rank} {trainer.pieces.limits} {trainer.pieces.count}\\n")
 sys.stdout.flush()
 
-from stdit_fast.parallel.plugins import ShardedOptimizer  # after ColossalAI's own start
+from stdit_fast.parallel.reduction import GradientReduction
 
 # What ZeRO-2 does with gradients at the end of its passes, over gloo: each process gets its part of their mean.
 processes = trainer.processes
 weights = [torch.nn.Parameter(torch.zeros(3, 5)), torch.nn.Parameter(torch.zeros(4))]
 weights[0].grad = torch.full((3, 5), processes.rank + 1.0)
 weights[1].grad = torch.ones(4) if processes.rank else None
-sharded = SimpleNamespace(processes=processes, _working=lambda: weights)
-ShardedOptimizer.reduce_gradients(sharded)
-first, second = (processes.all_gather(part) for part in sharded._parts)
+first, second = (processes.all_gather(part) for part in GradientReduction(weights, [], processes).finish())
 assert first.tolist() == [1.5] * 15 + [0.0] and second.tolist() == [0.5] * 4, (first, second)
 assert all(weight.grad is None for weight in weights)
 processes.close()

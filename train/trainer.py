@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +247,7 @@ class Trainer:
         """Forward and backward passes of the last of this process's batches in a step; the sums with its losses added.
 
         Where it runs out of memory, its bucket runs in smaller pieces from now on, and the step's passes begin anew.
-        Other processes notice nothing of it: no gradient is exchanged before all passes are over.
+        Other processes notice nothing of it: gradients that they have from this one already stay as they are.
 
         Args:
             batches: of the step so far.
@@ -260,7 +261,7 @@ class Trainer:
         batch = batches[-1]
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
         try:
-            return sums + self._forward_backward(batch, own)
+            return sums + self._forward_backward(batch, own, last=len(batches) == self.config.grad_accumulation)
         except torch.OutOfMemoryError as error:
             shared = max(b["request"].parts for b in batches)
             if shared > 1:
@@ -281,8 +282,12 @@ class Trainer:
             sums = self._accumulate(batches[: count + 1], sums, own)
         return sums
 
-    def _forward_backward(self, batch: dict, own: dict[str, float]) -> torch.Tensor:
-        """Passes of a batch, in pieces where it is known not to fit: loss, mse and vb, weighted, [3]."""
+    def _forward_backward(self, batch: dict, own: dict[str, float], last: bool) -> torch.Tensor:
+        """Passes of a batch, in pieces where it is known not to fit: loss, mse and vb, weighted, [3].
+
+        Args:
+            last: it is this process's last batch of the step.
+        """
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
         parts = self.pieces.of(bucket, samples)
         if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
@@ -295,7 +300,9 @@ class Trainer:
             weight = self._weight(batch) * (part.stop - part.start) / samples
             with self.booster.plugin.local_gradients(self.model):
                 losses = self.losses(self.model, out_of_memory.take(batch, part))
-                self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
+                overlaps = last and part is parts[-1] and self.config.overlap_reduction
+                with self.optimizer.reducing() if overlaps else nullcontext():
+                    self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
             sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
         own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
         return sums

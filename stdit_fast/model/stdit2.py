@@ -477,6 +477,20 @@ class STDiT2(PreTrainedModel):
         if not 1 <= tokens <= most:
             raise ValueError(f"y has {tokens} tokens, expected 1 to model_max_length = {most}")
 
+    def gradient_order(self) -> list[list[nn.Parameter]]:
+        """All parameters in groups, in the order in which a backward pass completes their gradients.
+
+        A block is one group, but for what is computed for all blocks at once, which comes after the first block.
+        """
+        last: dict[int, nn.Parameter] = {id(p): p for p in self.parameters()}
+        groups = []
+        for block in reversed(self.blocks):
+            tables = block.scale_shift_table, block.scale_shift_table_temporal
+            late = {id(p) for p in (*tables, *block.cross_attn.kv_linear.parameters())}
+            groups.append([last.pop(id(p)) for p in block.parameters() if id(p) not in late])
+        end = [last.pop(id(p)) for p in self.final_layer.linear.parameters()]
+        return [end + groups[0], *groups[1:], list(last.values())]
+
     # --------------------------------------------------------- checkpointing
 
     def set_checkpointing(self, blocks: str | int, reserve: int | None = None) -> None:

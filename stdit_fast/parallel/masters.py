@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -71,12 +72,19 @@ class MasterWeights(ABC):
         self.share_weights()
         self.zero_grad()
 
+    def reducing(self) -> AbstractContextManager:
+        """The backward pass in here is this process's last before `reduce_gradients`: that may begin meanwhile.
+
+        Only devices wait for other processes in it, and all processes have begun whatever there is before they leave:
+        one that runs out of memory in it can begin the step's passes anew.
+        """
+        return nullcontext()
+
     @abstractmethod
     def reduce_gradients(self) -> None:
         """Turns each process's own gradients into the mean over processes, once a step, after its backward passes.
 
-        These are local: a process that runs out of memory in one can begin anew, and none waits inside a backward pass
-        for another whose gradients come in another order.
+        Those are local, but for `reducing`.
         """
 
     @abstractmethod

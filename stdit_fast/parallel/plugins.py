@@ -3,8 +3,8 @@
 Import only after `processes.import_colossalai`, which keeps ColossalAI's import quiet.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stdit_fast.parallel.masters import MasterWeights, norm_limit
 from stdit_fast.parallel.processes import Processes
+from stdit_fast.parallel.reduction import GradientReduction
 
 
 class ReplicatedOptimizer(OptimizerWrapper, MasterWeights):
@@ -70,13 +71,27 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
     differs between ranks that run other graphs, in pieces of 2 MB, and its conversion, clipping and norm read back a
     number for each parameter. One process alone has nothing to scatter, and its gradients are taken where the backward
     pass leaves them.
+
+    Args:
+        order: of the parameters, in groups, as backward passes complete their gradients (see `GradientReduction`).
     """
 
-    def __init__(self, optim: torch.optim.AdamW, max_norm: float, processes: Processes, **kwargs):
+    def __init__(
+        self,
+        optim: torch.optim.AdamW,
+        max_norm: float,
+        processes: Processes,
+        order: Iterable[Iterable[torch.nn.Parameter]] = (),
+        **kwargs,
+    ):
         self.max_norm, self.processes = norm_limit(max_norm), processes
         self._backward_passes = 0  # since the last step
         self._parts: list[Tensor] | None = None  # of reduced gradients
         super().__init__(optim, **kwargs)
+        self._reduction = None
+        if processes.world_size > 1:
+            self._reduction = GradientReduction(self._working(), order, processes)
+            self.grad_handles += self._reduction.handles  # which ColossalAI removes
 
     def _attach_reduction_hook(self) -> None:
         pass  # see `reduce_gradients`
@@ -91,20 +106,13 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
         with self._backward_context():
             loss.backward(inputs=inputs, retain_graph=retain_graph)
 
+    def reducing(self) -> AbstractContextManager:
+        return nullcontext() if self._reduction is None else self._reduction.during()
+
     @torch.no_grad()
     def reduce_gradients(self) -> None:
-        if self.processes.world_size == 1:
-            return
-        whole, self._parts = [], []
-        for working in self._working():
-            grad = torch.zeros_like(working) if working.grad is None else working.grad
-            padding = -grad.numel() % self.processes.world_size
-            whole.append(torch.nn.functional.pad(grad.flatten(), (0, padding)) if padding else grad.flatten())
-            self._parts.append(torch.empty_like(whole[-1][: len(whole[-1]) // self.processes.world_size]))
-        torch._foreach_div_(whole, self.processes.world_size)
-        dist.group.WORLD.reduce_scatter_tensor_coalesced(self._parts, whole).wait()  # all of them as one call
-        for working in self._working():
-            working.grad = None
+        if self._reduction is not None:
+            self._parts = self._reduction.finish()
 
     def step(self, closure=None) -> None:
         raise RuntimeError("this optimizer steps by guarded_step")
@@ -191,11 +199,13 @@ class ShardedPlugin(LowLevelZeroPlugin):
         return nullcontext()
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
+        order = model.gradient_order() if hasattr(model, "gradient_order") else ()
         model = LowLevelZeroModel(model, self.precision, cast_inputs=False)
         optimizer = ShardedOptimizer(
             optimizer,
             self.max_norm,
             self.processes,
+            order,
             **self.zero_optim_kwargs,
             backward_context=model._hook_context,
         )

@@ -14,6 +14,8 @@ from stdit_fast.errors import NODEPS_INSTALL, ConfigError
 
 logger = logging.getLogger(__name__)
 
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -82,7 +84,9 @@ def launch(seed: int) -> Processes:
 
 
 def import_colossalai():
-    """ColossalAI, without the warnings of its optional parts."""
+    """ColossalAI, without the warnings of its optional parts, and without what its import does to the environment."""
+    connections = os.environ.get(_CONNECTIONS)
+    torch.cuda.is_available()  # CUDA reads its environment now, if it has not yet
     quiet = [logging.getLogger(name) for name in ("bitsandbytes", "torch.distributed")]
     levels = [log.level for log in quiet]
     try:
@@ -97,6 +101,12 @@ def import_colossalai():
     finally:
         for log, level in zip(quiet, levels, strict=True):
             log.setLevel(level)
+        # ColossalAI sets it to 1: all streams of a process in one queue, where a collective that waits for another
+        # process, or for the collective before it, holds up whatever is launched after it.
+        if connections is None:
+            os.environ.pop(_CONNECTIONS, None)
+        else:
+            os.environ[_CONNECTIONS] = connections
     return colossalai
 
 

@@ -1,11 +1,8 @@
 """Training on several GPUs: weak scaling, sequence parallelism, and what ranks wait for. Suite "scaling".
 
     python -m stdit_fast.benchmarks.scaling mix --ranks 4 --rank 0 --out scaling.jsonl      # one GPU's share, alone
-    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling mix --out scaling.jsonl
-    python -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
-    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling long --out scaling.jsonl
-    python -m stdit_fast.benchmarks.scaling sample --out scaling.jsonl
-    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling sample --out scaling.jsonl
+    python -m stdit_fast.benchmarks.scaling long sample --out scaling.jsonl
+    torchrun --nproc_per_node 4 -m stdit_fast.benchmarks.scaling mix long sample --out scaling.jsonl --trace trace
 
 A step is that of training but for the encoders: diffusion loss, backward, reduction of the gradients, the optimizer
 inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, full text.
@@ -20,6 +17,7 @@ inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, f
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -45,6 +43,8 @@ TEXT_TOKENS = 200
 LONG = {"height": 720, "width": 1280}
 FRAMES_A_RANK = 16
 SAMPLED_FRAMES = 64
+STEPS = {"mix": 12, "long": 5, "sample": 3}
+WARMUP = {"mix": 1, "long": 2, "sample": 1}  # rounds of the mix's steps; steps of the others
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
 SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
 VIDEO_FRAMES = 40, 2000
@@ -62,6 +62,8 @@ class Training:
         from stdit_fast.train.ema import EMA
 
         self.processes, self.device = processes, processes.device
+        if processes.world_size > 1:
+            processes.barrier()  # NCCL has its memory before it is asked how much there is
         on_gpu = self.device.type == "cuda"
         torch.manual_seed(0)
         width = {} if on_gpu else {"hidden_size": 48, "num_heads": 4, "caption_channels": 32}
@@ -180,10 +182,10 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
     buckets = make_buckets(config)
     degrees = sequence_sizes(config.sequence_parallel, buckets, config.model.hidden_size, ranks)
     sampler = BucketSampler(*assumed_data(), buckets, seed=0, world_size=ranks, rank=rank, degrees=degrees)
-    requests = _first(iter(sampler), args.steps)
+    requests = _first(iter(sampler), args.steps or STEPS["mix"])
     training = Training(processes, np.unique(degrees).tolist(), args.depth)
     together = processes.world_size > 1
-    for _ in range(args.warmup):  # the same steps: everything is compiled, and memory is where it will be
+    for _ in range(WARMUP["mix"]):  # the same steps: everything is compiled, and memory is where it will be
         for request in requests:
             training.step(buckets[request.bucket], request.parts, request.part)
     variants = {True: _Mix(), False: _Mix()} if together else {True: _Mix()}
@@ -226,8 +228,8 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
     if together:
         records[0].notes |= training.communication_alone()
         if args.trace:
-            request = requests[-1]
-            records[0].notes |= trace(training, buckets[request.bucket], request.parts, request.part, Path(args.trace))
+            request, path = requests[-1], Path(f"{args.trace}-mix.json")
+            records[0].notes |= trace(training, buckets[request.bucket], request.parts, request.part, path)
     return records
 
 
@@ -261,9 +263,9 @@ def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
     variants = (variants if parts > 1 else {}) | {"": (default, True)}
     for name, (threshold, overlaps) in variants.items():
         sequence.TOKENS_FOR_TWO_CHUNKS = threshold
-        warmup = 1 if records else args.warmup
+        warmup = 1 if records else WARMUP["long"]
         times = []
-        for i in range(warmup + args.steps):
+        for i in range(warmup + (args.steps or STEPS["long"])):
             started = training._now()
             tokens, _ = training.step(bucket, parts, processes.rank, overlaps)
             times += [1000 * (training._now() - started)] if i >= warmup else []
@@ -279,7 +281,7 @@ def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
         records.append(Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes))
     if parts > 1:
         if args.trace:
-            records[-1].notes |= trace(training, bucket, parts, processes.rank, Path(args.trace))
+            records[-1].notes |= trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long.json"))
         records.append(all_to_all_alone(training, bucket, case))
     return records
 
@@ -380,14 +382,14 @@ def sample(processes: Processes, args: argparse.Namespace) -> Record:
     scalars = {name: one * value for name, value in scalars.items()} | {"ar": one * args.height / args.width}
     predictor.bind(model.encode_text(text), **scalars)
     times = []
-    for i in range(args.warmup + args.steps):
+    for i in range(WARMUP["sample"] + (args.steps or STEPS["sample"])):
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()
         predictor(x, torch.full((2,), 500, device=processes.device))
         if on_gpu:
             torch.cuda.synchronize()
-        times += [1000 * (time.perf_counter() - started)] if i >= args.warmup else []
+        times += [1000 * (time.perf_counter() - started)] if i >= WARMUP["sample"] else []
     case = f"one prediction with guidance, {args.height}x{args.width}, {SAMPLED_FRAMES} frames"
     impl = f"{count} GPU{'s' * shared}"
     return Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
@@ -395,38 +397,41 @@ def sample(processes: Processes, args: argparse.Namespace) -> Record:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["mix", "long", "sample"])
+    parser.add_argument("what", nargs="+", choices=list(STEPS))
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "train" / "configs" / "stage2.yaml"))
     parser.add_argument("--bucket_sizes", default="config", help="as in training: config, auto, or a table")
     parser.add_argument("--sequence_parallel", default="1", help="as in training, for the mix")
     parser.add_argument("--ranks", type=int, help="whose batches a process alone takes: of so many ranks")
     parser.add_argument("--rank", type=int, help="those of this one")
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds of the mix's steps, or steps of the long video")
+    parser.add_argument("--steps", type=int, help=f"of each; else {', '.join(f'{v} of {k}' for k, v in STEPS.items())}")
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--height", type=int, default=LONG["height"])
     parser.add_argument("--width", type=int, default=LONG["width"])
-    parser.add_argument("--trace", help="file for the intervals of one step's kernels, of mix and long on several GPUs")
+    parser.add_argument("--trace", help="intervals of one step's kernels go to TRACE-mix.json, TRACE-long.json")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
     processes = launch(seed=0)
-    if args.what == "mix":
-        options = ["--bucket_sizes", args.bucket_sizes, "--sequence_parallel", args.sequence_parallel]
-        config = parse(["--config", args.config, *options], checked=False)
-        config.features.path = "given"  # nothing is encoded, which is what a table has to be measured for
-        records = mix(processes, config, args)
-    elif args.what == "long":
-        records = long(processes, args)
-    else:
-        records = [sample(processes, args)]
-    if processes.is_main:
-        for record in records:
-            shown = {k: v for k, v in record.notes.items() if k != "steps"}
-            print(
-                f"{record.case}, {record.impl}: {record.ms:.1f} ms ({record.ms_low:.1f} to {record.ms_high:.1f})", shown
-            )
-        if args.out:
-            append(args.out, records)
+    for what in dict.fromkeys(args.what):
+        if what == "mix":
+            options = ["--bucket_sizes", args.bucket_sizes, "--sequence_parallel", args.sequence_parallel]
+            config = parse(["--config", args.config, *options], checked=False)
+            config.features.path = "given"  # nothing is encoded, which is what a table has to be measured for
+            records = mix(processes, config, args)
+        elif what == "long":
+            records = long(processes, args)
+        else:
+            records = [sample(processes, args)]
+        if processes.is_main:
+            for record in records:
+                shown = {k: v for k, v in record.notes.items() if k != "steps"}
+                spread = f"{record.ms:.1f} ms ({record.ms_low:.1f} to {record.ms_high:.1f})"
+                print(f"{record.case}, {record.impl}: {spread}", shown, flush=True)
+            if args.out:
+                append(args.out, records)
+        gc.collect()
+        if processes.device.type == "cuda":  # the next one has the memory for itself
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     processes.close()
     return 0
 

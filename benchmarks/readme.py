@@ -1,6 +1,7 @@
 """Writes the README's benchmark tables from the result files: `python -m stdit_fast.benchmarks.readme`."""
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -191,6 +192,38 @@ def sweep_table(folder: Path) -> str:
         )
     records = [{"device": t.device, "versions": t.versions, "date": t.date} for t in tables]
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep`"])
+
+
+def scaling_table(path: Path) -> str:
+    """Markdown: a row for what several GPUs do together, beside what each does alone."""
+    rows = ["| what | GPUs | ms (low to high) | tokens/s a GPU | of as many alone |", "| --- " * 5 + "|"]
+    records = list(latest(path).values())
+    for r in records:
+        if r["impl"].endswith(" alone") and "rank" in r["impl"] or r["impl"] == "1 GPU":
+            continue
+        rate, together = r["notes"].get("tokens_per_second_and_gpu"), _of_alone(r, records)
+        spread = f"{r['ms']:.1f} ({r['ms_low']:.1f} to {r['ms_high']:.1f})"
+        cells = f"{'-' if rate is None else f'{rate:,}'} | {'-' if together is None else f'{together:.1%}'}"
+        rows.append(f"| {r['case']} | {r['impl']} | {spread} | {cells} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.scaling`"])
+
+
+def _of_alone(r: dict, records: list[dict]) -> float | None:
+    """How much of what its GPUs do alone a record's do together; None: it is of a part of a step, or of a trace."""
+    gpus = int(r["impl"].split()[0])
+    if "depth" not in r["notes"]:
+        return None
+    if r["case"].startswith("mix"):
+        alone = [o for o in records if o["case"] == r["case"] and o["impl"].endswith(f" of {gpus} alone")]
+        return r["notes"]["tokens_per_second_and_gpu"] / statistics.mean(
+            o["notes"]["tokens_per_second_and_gpu"] for o in alone
+        )
+    ones = [o for o in records if o["impl"] == "1 GPU"]
+    if "tokens_per_gpu" in r["notes"]:  # longer for more GPUs
+        (one,) = (o for o in ones if o["notes"].get("tokens_per_gpu") == r["notes"]["tokens_per_gpu"])
+        return r["notes"]["tokens_per_second_and_gpu"] / one["notes"]["tokens_per_second_and_gpu"]
+    (one,) = (o for o in ones if o["case"] == r["case"])
+    return one["ms"] / r["ms"] / gpus
 
 
 def plan_table() -> str:

@@ -31,6 +31,7 @@ import torch
 
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.diffusion import IDDPM
+from stdit_fast.model.memory import training_reserve
 from stdit_fast.parallel import sequence
 from stdit_fast.parallel.processes import Processes, launch
 from stdit_fast.parallel.sequence import FrameSwitch, bounds, part_of
@@ -81,15 +82,29 @@ class Training:
         self.optimizer.follow(self.ema.averages, self.ema.decay)
         self.diffusion = IDDPM()
 
-    def step(self, bucket: Bucket, parts: int = 1, part: int = 0, overlaps: bool = True) -> tuple[int, float]:
+    def reserve_alone(self) -> int:
+        """Bytes that training on one GPU needs beside parameters and activations."""
+        count = sum(p.numel() for p in self.bare.parameters())
+        elsewhere = 1 - 1 / self.processes.world_size  # of masters, moments and averages
+        return training_reserve(self.bare) + int(16 * count * elsewhere)
+
+    def step(
+        self,
+        bucket: Bucket,
+        parts: int = 1,
+        part: int = 0,
+        overlaps: bool = True,
+        reserve: int | None = None,
+    ) -> tuple[int, float]:
         """One step on a rank's batch, or its part of one: (its tokens, seconds until its own work was done).
 
         Args:
             overlaps: gradients travel while the backward pass goes on. Nothing is its own work alone then: 0 s.
+            reserve: as of `STDiT2.set_checkpointing`, where no number of blocks was measured.
         """
         batch = self.batch(bucket, parts, part)
         as_measured = bucket.checkpointed is not None and parts == 1
-        self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto")
+        self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto", reserve)
         started = self._now()
         self.forward_backward(bucket, parts, batch, overlaps)
         own = 0.0 if overlaps else self._now() - started
@@ -101,20 +116,25 @@ class Training:
         self.optimizer.reduce_gradients()
         self.optimizer.guarded_step(torch.zeros(2, dtype=torch.float64, device=self.device))
 
-    def communication_alone(self, repeats: int = 5) -> dict[str, float]:
-        """ms of the gradients' reduction and of sharing the weights, with nothing beside them; the least of some."""
-        times = {"reduction_alone_ms": [], "sharing_alone_ms": []}
-        for _ in range(repeats):
+    def communication_alone(self) -> list[Record]:
+        """The gradients' reduction and the sharing of weights, with nothing beside them."""
+        functions = {
+            "gradients reduced": self.optimizer.reduce_gradients,
+            "weights shared": self.optimizer.share_weights,
+        }
+        times = {what: [] for what in functions}
+        for i in range(2 + 5):
             for p in self.bare.parameters():
                 p.grad = torch.randn_like(p)
-            functions = self.optimizer.reduce_gradients, self.optimizer.share_weights
-            for own, function in zip(times.values(), functions, strict=True):
+            for what, function in functions.items():
                 self.processes.barrier()
                 started = self._now()
                 function()
-                own.append(1000 * (self._now() - started))
+                times[what] += [1000 * (self._now() - started)] if i >= 2 else []
             self.optimizer.zero_grad()
-        return {name: round(min(own), 2) for name, own in times.items()}
+        size = sum(p.numel() * p.element_size() for p in self.bare.parameters())
+        impl = f"{self.processes.world_size} GPUs, alone"
+        return [Record.of_times("scaling", what, impl, own, bytes=size) for what, own in times.items()]
 
     def forward_backward(self, bucket: Bucket, parts: int, batch: dict, overlaps: bool = True) -> None:
         plugin = self.booster.plugin
@@ -175,7 +195,7 @@ def assumed_data(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.where(rng.random(SAMPLES) < 0.5, frames, 1), height, width
 
 
-def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> list[Record]:
+def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> Iterator[Record]:
     """Times `args.steps` steps, each rank's batches as the sampler deals them."""
     ranks = args.ranks or processes.world_size
     rank = processes.rank if args.rank is None else args.rank
@@ -211,7 +231,6 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
         "steps": names,
         "depth": args.depth,
     }
-    records = []
     for overlaps, seen in variants.items():
         everyone = processes.gather_objects(seen) if together else [seen]
         impl = f"{ranks} GPUs" if together else f"rank {rank} of {ranks} alone"
@@ -224,13 +243,12 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
             notes["waiting_share"] = round(sum(s.waited / sum(s.seconds) for s in everyone) / len(everyone), 4)
             notes["passes_share"] = round(seen.slowest / sum(seen.seconds), 4)  # the slowest rank's, of the step
         times = [1000 * s for s in seen.seconds]
-        records.append(Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes))
+        yield Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes)
     if together:
-        records[0].notes |= training.communication_alone()
+        yield from training.communication_alone()
         if args.trace:
             request, path = requests[-1], Path(f"{args.trace}-mix.json")
-            records[0].notes |= trace(training, buckets[request.bucket], request.parts, request.part, path)
-    return records
+            yield trace(training, buckets[request.bucket], request.parts, request.part, path)
 
 
 @dataclass
@@ -250,24 +268,30 @@ def _first(requests: Iterator[BatchRequest], count: int) -> list[BatchRequest]:
 # ----------------------------------------------------------------------- long
 
 
-def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
-    """720p at 16 frames a rank: the step, and the all-to-alls of a block alone."""
+def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
+    """720p at 16 frames a rank: the step, and the all-to-alls of a block alone.
+
+    Several GPUs recompute as many blocks as one alone has to, and at last as few as they have to.
+    """
     parts = processes.world_size
     bucket = Bucket("720p", FRAMES_A_RANK * parts, "0.56", args.height, args.width, 1.0, 1)
     training = Training(processes, [parts], args.depth)
     case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
-    records = []
-    default = sequence.TOKENS_FOR_TWO_CHUNKS
-    # Last as it is by default, of which the trace is.
-    variants = {", in one chunk": (2**62, True), ", gradients reduced after the backward pass": (default, False)}
-    variants = (variants if parts > 1 else {}) | {"": (default, True)}
-    for name, (threshold, overlaps) in variants.items():
+    default, warmup = sequence.TOKENS_FOR_TWO_CHUNKS, WARMUP["long"]
+    alone = training.reserve_alone()
+    variants = {"": (default, True, alone)}
+    if parts > 1:
+        variants |= {
+            ", gradients reduced after the backward pass": (default, False, alone),
+            ", in one chunk": (2**62, True, alone),
+            ", recomputing as little as fits": (default, True, None),  # of which the trace is
+        }
+    for name, (threshold, overlaps, reserve) in variants.items():
         sequence.TOKENS_FOR_TWO_CHUNKS = threshold
-        warmup = 1 if records else WARMUP["long"]
         times = []
         for i in range(warmup + (args.steps or STEPS["long"])):
             started = training._now()
-            tokens, _ = training.step(bucket, parts, processes.rank, overlaps)
+            tokens, _ = training.step(bucket, parts, processes.rank, overlaps, reserve)
             times += [1000 * (training._now() - started)] if i >= warmup else []
         notes = {
             "tokens_per_second_and_gpu": round(tokens / np.median(times) * 1000),
@@ -278,12 +302,12 @@ def long(processes: Processes, args: argparse.Namespace) -> list[Record]:
         }
         peak = torch.cuda.max_memory_allocated() / 2**30 if training.device.type == "cuda" else None
         impl = f"{parts} GPU{'s' * (parts > 1)}{name}"
-        records.append(Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes))
+        yield Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes)
+        warmup = 1
     if parts > 1:
+        yield all_to_all_alone(training, bucket, case)
         if args.trace:
-            records[-1].notes |= trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long.json"))
-        records.append(all_to_all_alone(training, bucket, case))
-    return records
+            yield trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long.json"))
 
 
 def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
@@ -309,11 +333,12 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     )
 
 
-def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path) -> dict:
+def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path) -> Record:
     """Profiles one step on a rank's batch; rank 0 writes the kernels' intervals to `path`: their kind, starts and ends.
 
     Returns:
-        Shares of the step, on this rank: communication at all, and while nothing else runs.
+        On this rank: from the first kernel to the last one's end, and shares of it: communication, and while nothing
+        else runs.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -337,11 +362,14 @@ def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path)
     whole = max(end for own in joined.values() for _, end in own)
     busy = {kind: sum(end - start for start, end in own) for kind, own in joined.items()}
     either = sum(end - start for start, end in merged([*joined["communication"], *joined["computation"]]))
-    return {
+    notes = {
         "communication_share": round(busy["communication"] / whole, 4),
         "communication_alone_share": round((either - busy["computation"]) / whole, 4),
-        "traced_ms": round(whole, 1),
+        "bucket": bucket.name,
+        "sequence_parallel": parts,
     }
+    impl = f"{training.processes.world_size} GPUs, one of them traced"
+    return Record.of_times("scaling", path.stem, impl, [whole], notes=notes)
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -359,7 +387,7 @@ def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 @torch.no_grad()
-def sample(processes: Processes, args: argparse.Namespace) -> Record:
+def sample(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     """One prediction with guidance of SAMPLED_FRAMES frames: the transformer's work in a step of sampling."""
     from stdit_fast import STDiT2, STDiT2Config
     from stdit_fast.model.prediction import Predictor
@@ -392,7 +420,7 @@ def sample(processes: Processes, args: argparse.Namespace) -> Record:
         times += [1000 * (time.perf_counter() - started)] if i >= WARMUP["sample"] else []
     case = f"one prediction with guidance, {args.height}x{args.width}, {SAMPLED_FRAMES} frames"
     impl = f"{count} GPU{'s' * shared}"
-    return Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
+    yield Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
 
 
 def main() -> int:
@@ -411,6 +439,8 @@ def main() -> int:
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
     processes = launch(seed=0)
+    if args.trace and processes.device.type != "cuda":
+        raise SystemExit("--trace: there is no GPU whose kernels could be traced")
     for what in dict.fromkeys(args.what):
         if what == "mix":
             options = ["--bucket_sizes", args.bucket_sizes, "--sequence_parallel", args.sequence_parallel]
@@ -420,14 +450,14 @@ def main() -> int:
         elif what == "long":
             records = long(processes, args)
         else:
-            records = [sample(processes, args)]
-        if processes.is_main:
-            for record in records:
+            records = sample(processes, args)
+        for record in records:
+            if processes.is_main:
                 shown = {k: v for k, v in record.notes.items() if k != "steps"}
                 spread = f"{record.ms:.1f} ms ({record.ms_low:.1f} to {record.ms_high:.1f})"
                 print(f"{record.case}, {record.impl}: {spread}", shown, flush=True)
-            if args.out:
-                append(args.out, records)
+                if args.out:
+                    append(args.out, [record])
         gc.collect()
         if processes.device.type == "cuda":  # the next one has the memory for itself
             torch.cuda.empty_cache()

@@ -9,7 +9,7 @@ inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, f
 
 - mix: the buckets of a training configuration as its sampler deals them, of an assumed set of videos and images. One
   process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for. N
-  do each step twice, with the gradients' reduction inside the backward pass and after it.
+  do it twice: gradients and weights travel while they compute, or after it.
 - long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
   alone.
 - With --trace, one step of either is profiled, from which follows how long communication runs alone.
@@ -21,10 +21,10 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ from stdit_fast.parallel.sequence import FrameSwitch, bounds, part_of
 from stdit_fast.train.buckets import Bucket
 from stdit_fast.train.config import TrainConfig, make_buckets, parse
 from stdit_fast.train.degrees import sequence_sizes
+from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
 
 TEXT_TOKENS = 200
@@ -45,6 +46,8 @@ LONG = {"height": 720, "width": 1280}
 FRAMES_A_RANK = 16
 SAMPLED_FRAMES = 64
 STEPS = {"mix": 12, "long": 5, "sample": 3}
+ROUNDS = 2  # over the mix's steps
+AFTERWARDS = ", communication after computation"
 WARMUP = {"mix": 1, "long": 2, "sample": 1}  # rounds of the mix's steps; steps of the others
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
 SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
@@ -88,29 +91,38 @@ class Training:
         elsewhere = 1 - 1 / self.processes.world_size  # of masters, moments and averages
         return training_reserve(self.bare) + int(16 * count * elsewhere)
 
-    def step(
-        self,
-        bucket: Bucket,
-        parts: int = 1,
-        part: int = 0,
-        overlaps: bool = True,
-        reserve: int | None = None,
-    ) -> tuple[int, float]:
-        """One step on a rank's batch, or its part of one: (its tokens, seconds until its own work was done).
+    def run(self, steps: "Iterable[Step]", overlaps: bool) -> "list[Timed]":
+        """Steps one after the other, as training makes them: nothing waits for a device before the last is done.
 
         Args:
-            overlaps: gradients travel while the backward pass goes on. Nothing is its own work alone then: 0 s.
-            reserve: as of `STDiT2.set_checkpointing`, where no number of blocks was measured.
+            overlaps: communication and computation.
         """
-        batch = self.batch(bucket, parts, part)
+        if self.processes.world_size > 1:
+            self.processes.barrier()
+        self._finish()
+        self.optimizer.overlaps = overlaps
+        clock = Clock(self.device)
+        seen, moments = [], [clock.now()]
+        for step in steps:
+            seen.append((*self._step(step, clock), clock.now()))
+            moments.append(seen[-1][-1])
+        self._finish()
+        return [
+            Timed(tokens, clock.seconds(begin, end), clock.seconds(begin, passed))
+            for begin, (tokens, passed, end) in zip(moments, seen, strict=False)
+        ]
+
+    def _step(self, step: "Step", clock: Clock) -> tuple:
+        """One step: its tokens, and when its passes were over."""
+        bucket, parts = step.bucket, step.parts
+        batch = self.batch(bucket, parts, step.part)
         as_measured = bucket.checkpointed is not None and parts == 1
-        self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto", reserve)
-        started = self._now()
-        self.forward_backward(bucket, parts, batch, overlaps)
-        own = 0.0 if overlaps else self._now() - started
+        self.bare.set_checkpointing(bucket.checkpointed if as_measured else "auto", step.reserve)
+        self.forward_backward(bucket, parts, batch)
+        passed = clock.now()
         self.update()
         frames, rows, columns = batch["latents"].shape[2:]
-        return bucket.batch_size * frames * -(-rows // 2) * -(-columns // 2), own
+        return bucket.batch_size * frames * -(-rows // 2) * -(-columns // 2), passed
 
     def update(self) -> None:
         self.optimizer.reduce_gradients()
@@ -128,15 +140,17 @@ class Training:
                 p.grad = torch.randn_like(p)
             for what, function in functions.items():
                 self.processes.barrier()
-                started = self._now()
+                self._finish()
+                started = time.perf_counter()
                 function()
-                times[what] += [1000 * (self._now() - started)] if i >= 2 else []
+                self._finish()
+                times[what] += [1000 * (time.perf_counter() - started)] if i >= 2 else []
             self.optimizer.zero_grad()
         size = sum(p.numel() * p.element_size() for p in self.bare.parameters())
         impl = f"{self.processes.world_size} GPUs, alone"
         return [Record.of_times("scaling", what, impl, own, bytes=size) for what, own in times.items()]
 
-    def forward_backward(self, bucket: Bucket, parts: int, batch: dict, overlaps: bool = True) -> None:
+    def forward_backward(self, bucket: Bucket, parts: int, batch: dict) -> None:
         plugin = self.booster.plugin
         with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
             losses = self.diffusion.training_losses(
@@ -148,7 +162,7 @@ class Training:
                 mask=batch["x_mask"],
                 counted=batch["counted"],
             )
-            with self.optimizer.reducing() if overlaps else nullcontext():
+            with self.optimizer.reducing():
                 self.optimizer.backward(losses["loss"].mean())
 
     def batch(self, bucket: Bucket, parts: int, part: int) -> dict:
@@ -178,10 +192,32 @@ class Training:
             },
         }
 
-    def _now(self) -> float:
+    def _finish(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rank does in a step: its batch of a bucket, or part `part` of one that `parts` share.
+
+    Attributes:
+        reserve: as of `STDiT2.set_checkpointing`, where no number of blocks was measured.
+    """
+
+    bucket: Bucket
+    parts: int = 1
+    part: int = 0
+    reserve: int | None = None
+
+
+class Timed(NamedTuple):
+    """A rank's tokens of a step, its seconds, and those until its passes were over, with its own work alone in them
+    where communication does not overlap."""
+
+    tokens: int
+    seconds: float
+    passes: float
 
 
 # ------------------------------------------------------------------------ mix
@@ -205,60 +241,40 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
     requests = _first(iter(sampler), args.steps or STEPS["mix"])
     training = Training(processes, np.unique(degrees).tolist(), args.depth)
     together = processes.world_size > 1
+    steps = [Step(buckets[r.bucket], r.parts, r.part) for r in requests]
     for _ in range(WARMUP["mix"]):  # the same steps: everything is compiled, and memory is where it will be
-        for request in requests:
-            training.step(buckets[request.bucket], request.parts, request.part)
-    variants = {True: _Mix(), False: _Mix()} if together else {True: _Mix()}
-    names = []
-    for request in requests:
-        bucket = buckets[request.bucket]
-        for overlaps, seen in variants.items():
-            if together:
-                processes.barrier()
-            started = training._now()
-            count, own = training.step(bucket, request.parts, request.part, overlaps)
-            seen.seconds.append(training._now() - started)
-            seen.tokens += count
-            if together:
-                of_all = processes.gather_objects(own)
-                seen.waited += max(of_all) - own
-                seen.slowest += max(of_all)
-        names.append(f"{bucket.name} x {bucket.batch_size}" + (f" / {request.parts}" if request.parts > 1 else ""))
+        training.run(steps, overlaps=True)
+    seen: dict[bool, list[Timed]] = {True: [], False: []} if together else {True: []}
+    for _ in range(ROUNDS):
+        for overlaps, own in seen.items():
+            own += training.run(steps, overlaps)
+    named = zip([step.bucket for step in steps], requests, strict=True)
     shared_notes = {
         "expected_imbalance": round(float(np.mean([r.imbalance for r in requests])), 4),
         "sequence_parallel": config.sequence_parallel,
         "bucket_sizes": config.bucket_sizes,
-        "steps": names,
+        "steps": [f"{b.name} x {b.batch_size}" + (f" / {r.parts}" if r.parts > 1 else "") for b, r in named],
         "depth": args.depth,
     }
-    for overlaps, seen in variants.items():
-        everyone = processes.gather_objects(seen) if together else [seen]
+    for overlaps, own in seen.items():
+        everyone = processes.gather_objects(own) if together else [own]
+        seconds = [sum(step.seconds for step in rank) for rank in everyone]
+        rates = [sum(step.tokens for step in rank) / s for rank, s in zip(everyone, seconds, strict=True)]
+        notes = {"tokens_per_second_and_gpu": round(sum(rates) / len(rates)), **shared_notes}
         impl = f"{ranks} GPUs" if together else f"rank {rank} of {ranks} alone"
-        notes = {
-            "tokens_per_second_and_gpu": round(sum(s.tokens / sum(s.seconds) for s in everyone) / len(everyone)),
-            **shared_notes,
-        }
-        if together and not overlaps:
-            impl += ", gradients reduced after the backward pass"
-            notes["waiting_share"] = round(sum(s.waited / sum(s.seconds) for s in everyone) / len(everyone), 4)
-            notes["passes_share"] = round(seen.slowest / sum(seen.seconds), 4)  # the slowest rank's, of the step
-        times = [1000 * s for s in seen.seconds]
+        if not overlaps:
+            impl += AFTERWARDS
+            slowest = [max(step.passes for step in of_all) for of_all in zip(*everyone, strict=True)]
+            waited = [sum(slowest) - sum(step.passes for step in rank) for rank in everyone]
+            notes["waiting_share"] = round(sum(waited) / sum(seconds), 4)
+            notes["passes_share"] = round(sum(slowest) / max(seconds), 4)
+        times = [1000 * step.seconds for step in own]
         yield Record.of_times("scaling", f"mix of {Path(args.config).stem}", impl, times, notes=notes)
     if together:
         yield from training.communication_alone()
         if args.trace:
             request, path = requests[-1], Path(f"{args.trace}-mix.json")
             yield trace(training, buckets[request.bucket], request.parts, request.part, path)
-
-
-@dataclass
-class _Mix:
-    """What one variant of the mix has seen; in seconds, `waited` and `slowest` summed over the steps."""
-
-    seconds: list[float] = field(default_factory=list)
-    tokens: int = 0
-    waited: float = 0.0
-    slowest: float = 0.0
 
 
 def _first(requests: Iterator[BatchRequest], count: int) -> list[BatchRequest]:
@@ -282,17 +298,16 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     variants = {"": (default, True, alone)}
     if parts > 1:
         variants |= {
-            ", gradients reduced after the backward pass": (default, False, alone),
+            AFTERWARDS: (default, False, alone),
             ", in one chunk": (2**62, True, alone),
             ", recomputing as little as fits": (default, True, None),  # of which the trace is
         }
     for name, (threshold, overlaps, reserve) in variants.items():
         sequence.TOKENS_FOR_TWO_CHUNKS = threshold
-        times = []
-        for i in range(warmup + (args.steps or STEPS["long"])):
-            started = training._now()
-            tokens, _ = training.step(bucket, parts, processes.rank, overlaps, reserve)
-            times += [1000 * (training._now() - started)] if i >= warmup else []
+        step = Step(bucket, parts, processes.rank, reserve)
+        training.run([step] * warmup, overlaps)
+        seen = training.run([step] * (args.steps or STEPS["long"]), overlaps)
+        times, tokens = [1000 * one.seconds for one in seen], seen[0].tokens
         notes = {
             "tokens_per_second_and_gpu": round(tokens / np.median(times) * 1000),
             "tokens_per_gpu": tokens,
@@ -322,9 +337,11 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     times = []
     for i in range(3 + 10):
         training.processes.barrier()
-        started = training._now()
+        training._finish()
+        started = time.perf_counter()
         switch.there_and_back(u)
-        times += [1000 * (training._now() - started)] if i >= 3 else []
+        training._finish()
+        times += [1000 * (time.perf_counter() - started)] if i >= 3 else []
     own = bounds(positions, group.size)[1] / positions
     sent = 2 * u.numel() * u.element_size()
     notes = {"units_a_token": 2, "bytes_to_others": round(sent * (1 - own)), "tokens_per_gpu": u.shape[1] * positions}

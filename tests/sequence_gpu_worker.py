@@ -6,7 +6,6 @@ kernels, and once by a group. Sums come in another order there, so they may diff
 
 import json
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -129,7 +128,8 @@ def mixed_steps(processes: Processes) -> dict:
             frames = slice(None) if bare.switch is None else bare.switch.frames
             counted = None if bare.switch is None else own[3].sum(1).float()
             loss = losses(wrapped, own, frames, counted).mean()
-        with optimizer.reducing() if overlaps else nullcontext():
+        optimizer.overlaps = overlaps
+        with optimizer.reducing():
             optimizer.backward(loss * world_size / len(batches))
         graphed = graphed or bare.last_graphed
         optimizer.reduce_gradients()

@@ -138,7 +138,7 @@ def test_a_run_that_runs_out_of_memory_is_the_same_to_rounding(trainer, tmp_path
 def test_gradients_may_leave_in_the_last_pass_of_a_step_alone(trainer, monkeypatch):  # noqa: F811
     """Whether it is of a batch or of the last of its pieces, and again where the passes of a step begin anew."""
     fail_above(monkeypatch, most=1)
-    one = trainer("passes", **CHANGES | {"overlap_reduction": "true"})
+    one = trainer("passes", **CHANGES | {"overlap_communication": "true"})
     passes, inside, real = [], [], one.booster.backward  # (step, whether gradients may leave, whether it failed)
 
     @contextmanager
@@ -189,7 +189,7 @@ trainer.train()
 sys.stdout.write(f"limits {trainer.processes.rank} {trainer.pieces.limits} {trainer.pieces.count}\\n")
 sys.stdout.flush()
 
-from stdit_fast.parallel.reduction import GradientReduction
+from stdit_fast.parallel.overlap import GradientReduction
 
 # What ZeRO-2 does with gradients at the end of its passes, over gloo: each process gets its part of their mean.
 processes = trainer.processes

@@ -88,6 +88,7 @@ def boosted(processes: Processes, group, backwards: bool = False):
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     options = {"partition_grad": True, "dp_process_group": group, "backward_context": contextlib.nullcontext}
     optimizer = ShardedOptimizer(optim, 1.0, processes, model.gradient_order(), **options)
+    model.arrivals = optimizer.arrivals
     averages = [m.clone() for m in optimizer.masters]
     optimizer.follow(averages, DECAY)
     return model, optimizer, averages
@@ -99,17 +100,18 @@ def train(
     """Steps of two micro-batches each, whose losses have these factors, or are NaN. Answers the numbers.
 
     Args:
-        overlaps: the second one's gradients set out in its backward pass.
+        overlaps: the second one's gradients set out in its backward pass, and weights arrive when they are needed.
         fails: that pass runs out of memory in each step, and the step's passes begin anew.
         shift: of the seeds.
     """
-    found = []
+    found, optimizer.overlaps = [], overlaps
     for step in steps:
         numbers = torch.zeros(3, dtype=torch.float64)
 
         def backward(i: int, last: bool = False, step=step, numbers=numbers):
+            model.arrivals.wait()
             loss = model(2 * step + i + shift) * (math.nan if step == poisoned else factors[i])
-            with optimizer.reducing() if last and overlaps else contextlib.nullcontext():
+            with optimizer.reducing() if last else contextlib.nullcontext():
                 optimizer.backward(loss)
             numbers[0] += loss.detach().double()
 
@@ -164,6 +166,7 @@ def work(rank: int, port: int, folder: str) -> None:
         made = boosted(processes, group, backwards=rank == 1 and name.startswith("apart"))
         with sent_in_passes() as sent:
             numbers = train(*made[:2], **options)
+        made[1].wait_for_weights()
         results[name] = {"numbers": numbers, "states": states(*made), "steps": made[1].steps, "sent": sent}
     results["left before it failed"] = FailsHere.left
     torch.save(results, f"{folder}/{rank}.pt")

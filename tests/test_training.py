@@ -566,7 +566,7 @@ def test_two_gpus_train_like_one(table, tmp_path):
 
     one = go("one", 1, steps=6, grad_accumulation=2)
     two = go("two", 2, steps=6)
-    early = go("early", 2, steps=6, overlap_reduction="true")
+    early = go("early", 2, steps=6, overlap_communication="true")
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
     resumed = go("two", 1, steps=6, grad_accumulation=2)
     for name, other in (("two", two), ("early", early), ("resumed", resumed)):

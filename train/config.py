@@ -225,8 +225,8 @@ class TrainConfig:
             GPU's memory), false, true (all blocks), or a number of blocks.
         encode_ahead: online encoders work on the next batch while the GPU still has this step's work, on a stream of
             their own. The same numbers; costs the memory of vae.micro_batch_size. What it gains is not measured yet.
-        overlap_reduction: with "zero2", gradients travel to the other ranks while the backward pass goes on, instead of
-            after it.
+        overlap_communication: with "zero2" on several ranks, gradients travel while the backward pass goes on, and
+            updated weights while the next forward pass does.
         cuda_graphs: run the blocks of small buckets as CUDA graphs on a GPU, once a bucket has come back twice.
         load: a checkpoint of ours to start another stage from; counting begins anew.
         load_optimizer: with `load`, take the optimizer's state along.
@@ -269,7 +269,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     grad_checkpoint: bool | int | typing.Literal["auto"] = "auto"
     encode_ahead: bool = False
-    overlap_reduction: bool = False
+    overlap_communication: bool = False
     cuda_graphs: bool = True
     load: str | None = None
     load_optimizer: bool = True

@@ -86,6 +86,7 @@ class Trainer:
             warnings.simplefilter("ignore", FutureWarning)  # DDP's, of ColossalAI's arguments
             self.model, self.optimizer, *_ = self.booster.boost(model, optimizer)
         ema = EMA(self.optimizer.masters, config.ema_decay) if config.ema_decay > 0 else None
+        self.optimizer.overlaps = config.overlap_communication
         if ema is not None:
             self.optimizer.follow(ema.averages, ema.decay)
         self.state = TrainState(self.model.unwrap(), buffers, self.optimizer, ema)
@@ -181,7 +182,11 @@ class Trainer:
         self._pending = PendingStep(self.step, lr, request, trained, bad, names, readback, busy)
 
     def settle(self) -> None:
-        """Reads the numbers of the last step, if that has not been done, and does what depends on them."""
+        """Reads the numbers of the last step, if that has not been done, and does what depends on them.
+
+        Afterwards all of the device's work sees the last step's weights.
+        """
+        self.optimizer.wait_for_weights()
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -300,8 +305,7 @@ class Trainer:
             weight = self._weight(batch) * (part.stop - part.start) / samples
             with self.booster.plugin.local_gradients(self.model):
                 losses = self.losses(self.model, out_of_memory.take(batch, part))
-                overlaps = last and part is parts[-1] and self.config.overlap_reduction
-                with self.optimizer.reducing() if overlaps else nullcontext():
+                with self.optimizer.reducing() if last and part is parts[-1] else nullcontext():
                     self.booster.backward(losses["loss"].mean() * weight, self.optimizer)
             sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
         own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts

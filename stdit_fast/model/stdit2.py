@@ -95,6 +95,13 @@ class FrameSwitch(Protocol):
         """The number of blocks to recompute, from what this part of the video alone would need."""
 
 
+class Arrivals(Protocol):
+    """Says when weights are there; see `STDiT2.arrivals`."""
+
+    def wait(self, group: int | None = None) -> None:
+        """What the device does from now on sees the weights of that group of `gradient_order`; None: all weights."""
+
+
 class Conditioning(NamedTuple):
     """What all blocks share.
 
@@ -255,6 +262,7 @@ class STDiT2(PreTrainedModel):
     Attributes:
         switch: None, or how to find the other frames where forward passes get some of a video's frames alone: x and
             x_mask hold these, and all else describes the whole video.
+        arrivals: None, or where weights may still be on their way, which is then waited for before they are used.
     """
 
     config_class = STDiT2Config
@@ -287,6 +295,7 @@ class STDiT2(PreTrainedModel):
         self.graphs: BlockGraphs | None = None
         self.last_graphed = False
         self.switch: FrameSwitch | None = None
+        self.arrivals: Arrivals | None = None
         self.post_init()
 
     # ---------------------------------------------------------------- forward
@@ -326,6 +335,7 @@ class STDiT2(PreTrainedModel):
             ValueError: a missing argument or a shape that does not fit, with the shape that would.
         """
         self._check_inputs(x, timestep, y, x_mask, num_frames, height, width, ar, fps)
+        self._wait_for_weights(len(self.blocks))
         weight = self.x_embedder.proj.weight
         rows, columns = (-(-size // p) for size, p in zip(x.shape[3:], self.config.patch_size[1:], strict=True))
         scale = (height.float() * width.float()).sqrt() / self.config.input_sq_size
@@ -390,6 +400,7 @@ class STDiT2(PreTrainedModel):
 
         branch = None
         for i, (block, *args) in enumerate(zip(self.blocks, modulations, kvs, strict=True)):
+            self._wait_for_weights(len(self.blocks) - 1 - i)
             if i < checkpointed:
                 # No block draws random numbers, so their state need not be kept. The branch goes in as it is: added
                 # here it would be one tensor less to keep, by another kernel, whose last bits may differ.
@@ -411,6 +422,7 @@ class STDiT2(PreTrainedModel):
         if y.dim() != 4 or y.shape[1] != 1 or y.shape[3] != cfg.caption_channels:
             raise ValueError(f"y has shape {list(y.shape)}, expected [B, 1, L, {cfg.caption_channels}]")
         self._check_text_length(y.shape[2])
+        self._wait_for_weights(len(self.blocks))
         if drop_caption is None:
             drop_caption = torch.zeros(y.shape[0], dtype=torch.bool, device=y.device)
         text, layout = self._embed_text(y, mask, drop_caption)
@@ -429,7 +441,15 @@ class STDiT2(PreTrainedModel):
             return None
         if not ops.use_kernel("modulated_linear", self.config.backend, x, x.shape[-1]):
             return None
-        return self.graphs.find(x, modulation, layout, self.config.model_max_length)
+        graph = self.graphs.find(x, modulation, layout, self.config.model_max_length)
+        if graph is not None:
+            self._wait_for_weights(None)
+        return graph
+
+    def _wait_for_weights(self, group: int | None) -> None:
+        """Before weights of that group of `gradient_order` are used; None: of all."""
+        if self.arrivals is not None:
+            self.arrivals.wait(group)
 
     @staticmethod
     def _per_frame(block: nn.Module, t: Tensor, t_zero: Tensor | None, extra: Tensor, x_mask: Tensor | None) -> Tensor:
@@ -480,7 +500,8 @@ class STDiT2(PreTrainedModel):
     def gradient_order(self) -> list[list[nn.Parameter]]:
         """All parameters in groups, in the order in which a backward pass completes their gradients.
 
-        A block is one group, but for what is computed for all blocks at once, which comes after the first block.
+        A block is one group, but for what is computed for all blocks at once: that is in the last group, which is
+        complete after all blocks. Forward passes need them in reverse, the last group before all.
         """
         last: dict[int, nn.Parameter] = {id(p): p for p in self.parameters()}
         groups = []

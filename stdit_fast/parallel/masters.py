@@ -22,11 +22,14 @@ class MasterWeights(ABC):
         optim: holds settings and state, under the names of torch.optim.AdamW; its own step is never called.
         max_norm: of the gradient; infinity: no clipping.
         processes: among which the work is split.
+        overlaps: gradients may travel while the backward pass goes on (`reducing`), and updated weights while what
+            comes after the step does (`wait_for_weights`).
     """
 
     optim: torch.optim.AdamW
     max_norm: float
     processes: Processes
+    overlaps = False
     _averages: list[Tensor] | None = None
     _average_decay = 1.0
     _step: AdamWStep | None = None
@@ -56,6 +59,7 @@ class MasterWeights(ABC):
             numbers: [2 or more] float64 on the device: first this process's loss, then what else is to be summed over
                 the processes. Afterwards these sums, and as the last the square of the gradient's norm before clipping.
         """
+        self.wait_for_weights()  # what is still to come would replace what is updated now
         step, grads = self._adamw(), self.gradients()
         numbers[-1] = step.square_sum(grads)
         self.reduce(numbers)
@@ -73,7 +77,7 @@ class MasterWeights(ABC):
         self.zero_grad()
 
     def reducing(self) -> AbstractContextManager:
-        """The backward pass in here is this process's last before `reduce_gradients`: that may begin meanwhile.
+        """The backward pass in here is this process's last before `reduce_gradients`: that begins meanwhile, if it may.
 
         Only devices wait for other processes in it, and all processes have begun whatever there is before they leave:
         one that runs out of memory in it can begin the step's passes anew.
@@ -102,6 +106,10 @@ class MasterWeights(ABC):
     @abstractmethod
     def share_weights(self) -> None:
         """Brings updated weights to the other processes."""
+
+    @abstractmethod
+    def wait_for_weights(self) -> None:
+        """The device waits until all weights are there; forward passes of the model do so by themselves."""
 
     @abstractmethod
     def gather(self, parts: list[Tensor]) -> Iterator[Tensor]:

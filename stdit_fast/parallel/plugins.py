@@ -15,8 +15,8 @@ from colossalai.zero import LowLevelZeroOptimizer
 from torch import Tensor
 
 from stdit_fast.parallel.masters import MasterWeights, norm_limit
+from stdit_fast.parallel.overlap import Arrivals, GradientReduction, places_of
 from stdit_fast.parallel.processes import Processes
-from stdit_fast.parallel.reduction import GradientReduction
 
 
 class ReplicatedOptimizer(OptimizerWrapper, MasterWeights):
@@ -52,6 +52,9 @@ class ReplicatedOptimizer(OptimizerWrapper, MasterWeights):
     def share_weights(self) -> None:
         pass  # all have made the same
 
+    def wait_for_weights(self) -> None:
+        pass
+
     def gather(self, parts: list[Tensor]) -> Iterator[Tensor]:
         yield from parts
 
@@ -74,6 +77,9 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
 
     Args:
         order: of the parameters, in groups, as backward passes complete their gradients (see `GradientReduction`).
+
+    Attributes:
+        arrivals: of updated weights; where `overlaps` is set, forward passes have to wait for them.
     """
 
     def __init__(
@@ -88,8 +94,11 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
         self._backward_passes = 0  # since the last step
         self._parts: list[Tensor] | None = None  # of reduced gradients
         super().__init__(optim, **kwargs)
+        self.arrivals = Arrivals()
         self._reduction = None
         if processes.world_size > 1:
+            order = [list(group) for group in order]
+            self._groups = places_of(self._working(), order)
             self._reduction = GradientReduction(self._working(), order, processes)
             self.grad_handles += self._reduction.handles  # which ColossalAI removes
 
@@ -107,7 +116,7 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
             loss.backward(inputs=inputs, retain_graph=retain_graph)
 
     def reducing(self) -> AbstractContextManager:
-        return nullcontext() if self._reduction is None else self._reduction.during()
+        return self._reduction.during() if self.overlaps and self._reduction is not None else nullcontext()
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -137,9 +146,18 @@ class ShardedOptimizer(LowLevelZeroOptimizer, MasterWeights):
     def share_weights(self) -> None:
         if self.processes.world_size == 1:
             return
+        self.wait_for_weights()
         whole = [self._working_param_to_padded_working_param[working] for working in self._working()]
-        # Each is gathered in place, and all of them as one call.
-        dist.group.WORLD.allgather_into_tensor_coalesced(whole, self.working_copies()).wait()
+        own = self.working_copies()
+        for number, places in reversed(list(enumerate(self._groups))):  # as forward passes need them
+            if places:  # each is gathered in place, and all of them as one call
+                tensors = [whole[i] for i in places], [own[i] for i in places]
+                self.arrivals.expect(number, dist.group.WORLD.allgather_into_tensor_coalesced(*tensors))
+        if not self.overlaps:
+            self.wait_for_weights()
+
+    def wait_for_weights(self) -> None:
+        self.arrivals.wait()
 
     def _working(self) -> list[torch.nn.Parameter]:
         return [parameter for group in self._working_param_groups.values() for parameter in group]
@@ -210,4 +228,6 @@ class ShardedPlugin(LowLevelZeroPlugin):
             backward_context=model._hook_context,
         )
         model.update_master_params = optimizer.update_master_params
+        if order:
+            model.module.arrivals = optimizer.arrivals
         return super().configure(model, optimizer, criterion, dataloader, lr_scheduler)

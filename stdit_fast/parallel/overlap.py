@@ -1,9 +1,10 @@
-"""Gradients on their way from all processes to the one that each part belongs to, while the backward pass goes on.
+"""What travels between processes that each keep a part of the weights, while they compute: gradients to where each part
+belongs while the backward pass goes on, and new weights to all while the next forward pass does.
 
 Parameters are put into buckets, in the order in which a backward pass is done with them. A bucket leaves as one
 reduce-scatter when all of its gradients are there and all buckets before it have left; the others follow at the pass's
 end. So all processes send the same buckets in the same order, whatever their graphs are and wherever a gradient is
-missing, and none waits for one that another would send later.
+missing, and none waits for one that another would send later. Weights come back in the buckets' reverse order.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,13 @@ from stdit_fast.parallel.processes import Processes
 
 # Parts of so many values each begin where a kernel can read 16 bytes at once.
 _ALIGNMENT = 8
+
+
+def places_of(parameters: Sequence[nn.Parameter], order: Iterable[Iterable[nn.Parameter]]) -> list[list[int]]:
+    """Places in `parameters` of each group of `order`, and in one more group of all that is in none."""
+    places = {id(p): i for i, p in enumerate(parameters)}
+    groups = [[places.pop(id(p)) for p in group if id(p) in places] for group in order]
+    return [*groups, list(places.values())]
 
 
 class GradientReduction:
@@ -39,11 +47,8 @@ class GradientReduction:
         self, parameters: Sequence[nn.Parameter], order: Iterable[Iterable[nn.Parameter]], processes: Processes
     ):
         self._parameters, self._processes = list(parameters), processes
-        places = {id(p): i for i, p in enumerate(self._parameters)}
-        buckets = [[places.pop(id(p)) for p in group if id(p) in places] for group in order]
-        buckets.append(list(places.values()))
         # Parts of odd sizes last, so that the others stay aligned.
-        self._buckets = [sorted(bucket, key=self._is_odd) for bucket in buckets if bucket]
+        self._buckets = [sorted(bucket, key=self._is_odd) for bucket in places_of(self._parameters, order) if bucket]
         self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
         self._sent: list[tuple[dist.Work, Tensor, Tensor]] = []  # of this step; what travels lives until it is there
         self._missing: list[int] = []  # gradients of each bucket; empty: they are not waited for
@@ -121,3 +126,24 @@ class GradientReduction:
 
 def _arrived(reduction: GradientReduction, index: int, parameter: Tensor) -> None:
     reduction.arrived(index)
+
+
+class Arrivals:
+    """Weights that other processes have updated, and that are on their way; the model waits for them as it needs them.
+
+    Groups are those of `STDiT2.gradient_order`, by their numbers.
+    """
+
+    def __init__(self) -> None:
+        self._coming: dict[int, dist.Work] = {}
+
+    def expect(self, group: int, work: dist.Work) -> None:
+        """The group's weights are there when `work` is done."""
+        self._coming[group] = work
+
+    def wait(self, group: int | None = None) -> None:
+        """What the device does from now on sees the group's weights, or all of them; the host does not wait."""
+        for number in list(self._coming) if group is None else [group]:
+            work = self._coming.pop(number, None)
+            if work is not None:
+                work.wait()

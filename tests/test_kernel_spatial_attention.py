@@ -10,7 +10,7 @@ from torch import Tensor
 from stdit_fast import ops
 from stdit_fast.kernels import qk_norm
 from stdit_fast.kernels.tiles import interpreted
-from stdit_fast.ops import library_attention, registry, temporal_attention_long
+from stdit_fast.ops import cuda_attention, library_attention, registry, temporal_attention_long
 from stdit_fast.ops.rms_norm import rms_norm
 
 spatial_attention = importlib.import_module("stdit_fast.ops.spatial_attention")  # the module, not the function
@@ -266,16 +266,19 @@ def test_library_without_a_gpu():
 
 
 def test_report(monkeypatch):
-    served = {s.op: s for s in registry.serving()}["spatial_attention"]
+    def served() -> registry.Serving:
+        return {s.op: s for s in registry.serving()}["spatial_attention"]
+
     if DEVICE == "cpu":
-        assert served.implementation == registry.REFERENCE
+        assert served().implementation == registry.REFERENCE
         monkeypatch.setattr(registry, "triton_kernel", lambda: ("triton", ""))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(spatial_attention, "best_library", lambda *_: ("cudnn", "fast; not promised to repeat"))
-        served = {s.op: s for s in registry.serving()}["spatial_attention"]
-        assert served.implementation == "triton + cudnn"
-    assert served.implementation.startswith("triton + ")
-    assert "repeat" in served.reason
+    elif cuda_attention.available(torch.cuda.current_device())[0]:
+        assert served().implementation == "cuda" and "repeats bit for bit" in served().reason
+    monkeypatch.setattr(cuda_attention, "available", lambda device: (False, "not built, says the test"))
+    assert served().implementation.startswith("triton + cudnn" if DEVICE == "cpu" else "triton + ")
+    assert "repeat" in served().reason and "not ours: not built" in served().reason
 
 
 def test_switches_of_pytorch_are_followed(monkeypatch):

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from stdit_fast.benchmarks.readme import scaling_table
+from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.benchmarks.scaling import assumed_data, merged
 from stdit_fast.benchmarks.scaling_curves import compare, runs_of
 from stdit_fast.benchmarks.scaling_picture import alone, plot
@@ -39,3 +41,24 @@ def test_assumed_data_are_half_images():
     frames, height, width = assumed_data()
     assert len(frames) == len(height) == len(width)
     assert 0.48 < (frames == 1).mean() < 0.52 and frames.max() <= 2000
+
+
+def test_the_table_holds_gpus_to_as_many_alone(tmp_path):
+    records = [
+        record("mix", "rank 0 of 2 alone", 50.0, tokens_per_second_and_gpu=1000),
+        record("mix", "rank 1 of 2 alone", 50.0, tokens_per_second_and_gpu=3000),
+        record("mix", "rank 0 of 4 alone", 50.0, tokens_per_second_and_gpu=9000),
+        record("mix", "2 GPUs", 51.0, tokens_per_second_and_gpu=1900),
+        record("16 frames", "1 GPU", 10.0, tokens_per_second_and_gpu=500, tokens_per_gpu=5),
+        record("32 frames", "2 GPUs, in one chunk", 12.5, tokens_per_second_and_gpu=400, tokens_per_gpu=5),
+        record("prediction", "1 GPU", 30.0),
+        record("prediction", "2 GPUs", 20.0),
+        Record.of_times("scaling", "weights shared", "2 GPUs, alone", [4.0]),
+    ]
+    append(tmp_path / "scaling.jsonl", records)
+    rows = [line for line in scaling_table(tmp_path / "scaling.jsonl").splitlines() if "GPUs" in line][1:]
+    assert [row.split(" | ")[-1] for row in rows] == ["95.0% |", "80.0% |", "75.0% |", "- |"]
+
+
+def record(case: str, impl: str, ms: float, **notes) -> Record:
+    return Record.of_times("scaling", case, impl, [ms], notes={"depth": 28, **notes})

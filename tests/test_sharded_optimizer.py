@@ -272,3 +272,33 @@ def test_the_model_knows_when_its_gradients_come(recomputed):
     blocks = [group for group in came if group < 2]
     assert blocks == sorted(blocks) and len(came) == len(group_of)
     assert sum(group == 2 for group in came[: came.index(1)]) <= 2, "what is not of a block comes after them"
+
+
+@pytest.mark.parametrize("recomputed", [0, 2])
+def test_the_model_waits_for_weights_before_it_uses_them(recomputed):
+    """Weights that are garbage until they are waited for give the same prediction and the same keys of the text."""
+    from sequence_worker import make_inputs, make_model
+
+    class Deliveries:
+        def __init__(self, model):
+            self.groups = [[(p, p.detach().clone()) for p in group] for group in model.gradient_order()]
+            for p in model.parameters():
+                p.data.fill_(math.nan)
+
+        @torch.no_grad()
+        def wait(self, group=None):
+            for p, value in self.groups[group]:
+                p.copy_(value)
+
+    latents, t, _, mask, arguments = make_inputs(2, 4, 4, 4, True)
+    found = []
+    for late in (False, True):
+        model = make_model()
+        model.set_checkpointing(recomputed)
+        if late:
+            model.arrivals = Deliveries(model)
+        kv = model.encode_text(arguments["y"]).kv.detach()
+        out = model(latents, t, x_mask=mask, **arguments)
+        out.square().mean().backward()
+        found.append([kv, out.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))

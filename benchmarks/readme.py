@@ -132,11 +132,13 @@ def train_step_table(path: Path) -> str:
 
 def loading_table(path: Path) -> str:
     """Markdown: clips that one core decodes, and that a loader delivers."""
-    rows = ["| what | ms a clip | clips a second | processes |", "| --- " * 4 + "|"]
+    rows = ["| what | ms a clip | clips a second | processes | clips a second of each |", "| --- " * 5 + "|"]
     records = list(latest(path).values())
     for r in records:
-        rows.append(f"| {r['case']} | {r['ms']:.1f} | {r['notes']['clips_per_second']:.1f} | {r['notes']['cores']} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.data`"])
+        rate, cores = r["notes"]["clips_per_second"], r["notes"]["cores"]
+        rows.append(f"| {r['case']} | {r['ms']:.1f} | {rate:.1f} | {cores} | {rate / max(1, cores):.1f} |")
+    machine = f"{_machine(records)[:-1]}; {records[0]['notes']['machine_cores']} cores."
+    return "\n".join([*rows, "", machine, "", "`python -m stdit_fast.benchmarks.data`"])
 
 
 def encoders_table(path: Path) -> str:
@@ -256,13 +258,13 @@ def tables() -> dict[str, str]:
     return {
         "step h100": step_table(h100 / "step.jsonl"),
         "step h200": step_table(results / "step.jsonl"),
-        "sample h200": sample_table(results / "sample.jsonl"),
+        "sample h100": sample_table(h100 / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
         "attention h100": attention_table(h100 / "attention.jsonl"),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
-        "loading cpu": loading_table(results.parent / "cpu" / "loading.jsonl"),
+        "loading h100": loading_table(h100 / "loading.jsonl"),
         "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
         "plan h100": plan_table(),

@@ -135,7 +135,7 @@ def test_the_tables_of_steps_and_loading(tmp_path):
     parts = {"data": 1.0, "autoencoder": 20.0, "text encoder": 5.0, "forward": 25.0, "backward": 40.0, "optimizer": 9.0}
     notes = {"parts": parts, "transformer_share": 0.65, "checkpointed_blocks": 3}
     step = {"suite": "train_step", "case": "a-1-2-online", "impl": "x", "ms": 100.0, "peak_gib": 50.0, "notes": notes}
-    notes = {"clips_per_second": 20.0, "cores": 4}
+    notes = {"clips_per_second": 20.0, "cores": 4, "machine_cores": 16}
     loading = {"suite": "loading", "case": "loader-a", "impl": "x", "ms": 50.0, "peak_gib": None, "notes": notes}
     for name, record in (("step", step), ("loading", loading)):
         (tmp_path / name).write_text(json.dumps(common | record) + "\n")
@@ -143,4 +143,4 @@ def test_the_tables_of_steps_and_loading(tmp_path):
         "| a-1-2-online, 3 of the blocks recomputed | 100 (90 to 120) | 1.0 | 20.0 | 5.0 | 65.0 | 9.0 | 65.0% | 50.0 |"
         in (readme.train_step_table(tmp_path / "step"))
     )
-    assert "| loader-a | 50.0 | 20.0 | 4 |" in readme.loading_table(tmp_path / "loading")
+    assert "| loader-a | 50.0 | 20.0 | 4 | 5.0 |" in readme.loading_table(tmp_path / "loading")

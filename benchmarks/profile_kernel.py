@@ -62,7 +62,9 @@ def ncu_command(args: argparse.Namespace) -> list[str]:
     output = ["--force-overwrite", "--export", args.report] if args.report else ["--page", "details"]
     call = [args.op, args.direction, "--size", args.size, "--calls", "1", "--silent"]
     module = "stdit_fast.benchmarks.profile_kernel"
-    return [ncu, "--profile-from-start", "off", "--set", args.set, *output, sys.executable, "-m", module, *call]
+    # At the clocks that it runs with: ncu would set the base clock, for all who use the GPU.
+    options = ["--profile-from-start", "off", "--clock-control", "none", "--set", args.set]
+    return [ncu, *options, *output, sys.executable, "-m", module, *call]
 
 
 def call_of(op: str, direction: str, size: tuple[int, int, int]) -> Callable[[], object]:

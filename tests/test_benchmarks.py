@@ -53,7 +53,8 @@ def test_a_kernel_is_profiled_by_name(tmp_path, monkeypatch):
     ncu.chmod(0o755)
     assert profile_kernel.main() == 3
     asked = (tmp_path / "asked").read_text().split()
-    assert asked[:4] == ["--profile-from-start", "off", "--set", "full"] and asked[asked.index("--export") + 1] == "out"
+    assert asked[:4] == ["--profile-from-start", "off", "--clock-control", "none"]
+    assert asked[asked.index("--set") + 1] == "full" and asked[asked.index("--export") + 1] == "out"
     assert asked[-7:] == ["spatial_attention", "forward", "--size", "1x2x3", "--calls", "1", "--silent"]
 
 

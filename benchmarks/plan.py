@@ -26,7 +26,7 @@ import yaml
 
 import stdit_fast.train
 from stdit_fast.benchmarks import plan_model
-from stdit_fast.benchmarks.plan_check import check_run
+from stdit_fast.benchmarks.plan_check import WARMUP, check_run
 from stdit_fast.benchmarks.plan_model import Encoders, Estimate, Network, Sizes, estimate, samples_of_an_epoch
 from stdit_fast.benchmarks.plan_times import BETWEEN_MACHINES, Interval, Times
 from stdit_fast.benchmarks.readme import latest
@@ -393,8 +393,8 @@ def markdown(gpus: int) -> str:
     devices = " and ".join(dict.fromkeys(r.times.device for r in rows))
     note = (
         f"{gpus} GPUs; steps of {devices}; the data set's sizes are assumed, communication is modelled at "
-        f"{args.network_gb_s:g} GB/s a GPU. Measured: the share of computing time whose buckets were; the rest follows "
-        "from a fit. Bounds in brackets."
+        f"{args.network_gb_s:g} GB/s a GPU. Measured: the share of computing time with features whose buckets "
+        "were; the rest follows from a fit. Bounds in brackets."
     )
     return "\n".join([*lines, "", note, "", f"`python -m stdit_fast.benchmarks.plan --gpus {gpus}`"])
 
@@ -436,6 +436,9 @@ def arguments_of(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--captions-per-second", type=float, help="of the text encoder, on one GPU")
     parser.add_argument("--json", help="write everything to this file, too")
     parser.add_argument("--check", metavar="METRICS", help="hold a training run's metrics.jsonl against its projection")
+    parser.add_argument(
+        "--warm-up", type=int, default=WARMUP, help="with --check: first steps of a bucket to leave out"
+    )
     parser.add_argument("--table", help="with --check: the bucket table whose times the run should have")
     return parser.parse_args(given)
 
@@ -469,7 +472,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.table:
         probes = RESULTS / "h100" / "sweep.jsonl"
         times = Times.of_table(bucket_tables.read(args.table), probes if probes.is_file() else None)
-    lines, inside = check_run(Path(args.check), times)
+    lines, inside = check_run(Path(args.check), times, args.warm_up)
     print("\n".join(lines))
     return 0 if inside else 1
 

@@ -15,7 +15,7 @@ from stdit_fast.errors import ConfigError
 from stdit_fast.resolutions import load_resolutions
 from stdit_fast.train.buckets import Bucket
 
-# Of each bucket the first steps compile, capture graphs and fill the allocator.
+# Of each bucket the first steps compile, capture graphs and fill the allocator, by default so many.
 WARMUP = 2
 # Share of a step that does not grow with its batch, where no fit knows it: least, likely, most.
 FLOORS = (0.0, 0.05, 0.1)
@@ -30,17 +30,20 @@ class Seen(NamedTuple):
     waited: float
 
 
-def check_run(steps: Path, times: Times) -> tuple[list[str], bool]:
+def check_run(steps: Path, times: Times, warmup: int = WARMUP) -> tuple[list[str], bool]:
     """(lines for people, whether the steps took as long in all as the projection's bounds say).
 
     The steps are of one GPU. Time that they waited for data is taken off and told: the projection has none.
 
+    Args:
+        warmup: steps of each bucket in a run's metrics that do not count.
+
     Raises:
         ConfigError: no steps, or none after the warm-up.
     """
-    seen = _read(steps)
+    seen = _read(steps, warmup)
     if not seen:
-        remedy = f"no bucket has more than {WARMUP} steps, which are left out as its warm-up; train longer"
+        remedy = f"no bucket has more than {warmup} steps, which are left out as its warm-up; train longer"
         raise ConfigError("check", str(steps), remedy)
     lines = [f"step times: {times.source}", COLUMNS]
     all_seen, all_projected, extrapolated = 0.0, Interval(0.0, 0.0, 0.0), 0
@@ -88,7 +91,7 @@ def bucket_of(name: str, batch: int) -> Bucket:
     return Bucket(resolution, int(frames), aspect, height, width, 1.0, batch)
 
 
-def _read(path: Path) -> list[Seen]:
+def _read(path: Path, warmup: int) -> list[Seen]:
     if not path.is_file():
         raise ConfigError("check", str(path), "there is no such file; a run's folder has a metrics.jsonl")
     lines = []
@@ -100,14 +103,14 @@ def _read(path: Path) -> list[Seen]:
         except ValueError as error:
             raise ConfigError("check", str(path), f"line {number} is no line of metrics: {error!r}") from error
     try:
-        return _of_records(lines) if lines and "suite" in lines[0] else _of_metrics(lines)
+        return _of_records(lines) if lines and "suite" in lines[0] else _of_metrics(lines, warmup)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError("check", str(path), f"it is neither metrics nor records of steps: {error!r}") from error
 
 
-def _of_metrics(lines: list[dict]) -> list[Seen]:
+def _of_metrics(lines: list[dict], warmup: int) -> list[Seen]:
     """After the warm-up of each bucket."""
     counts: dict[str, int] = defaultdict(int)
     found: dict[tuple[str, int], list[tuple[float, float]]] = defaultdict(list)
@@ -116,7 +119,7 @@ def _of_metrics(lines: list[dict]) -> list[Seen]:
             continue  # validation, sampling
         name, seconds, wait = values["bucket"], values["step_seconds"], values["wait_share"]
         counts[name] += 1
-        if counts[name] > WARMUP:
+        if counts[name] > warmup:
             one = bucket_of(name, 1)
             tokens = values["tokens_per_second"] * seconds
             batch = max(1, round(tokens / (one.num_frames * positions_of(one.height, one.width))))

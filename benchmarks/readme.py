@@ -180,17 +180,19 @@ def sweep_table(folder: Path) -> str:
     from stdit_fast.train.bucket_tables import read
 
     rows = [
-        "| table | s a step | slowest over fastest, less 1 | at best | the config's | waiting | the config's | GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| table | buckets, measured | s a step | slowest over fastest, less 1 | at best | the config's | waiting | "
+        "the config's | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    tables = [read(path) for path in sorted(folder.glob("*.yaml"))]
+    tables = [read(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)]
     for table in tables:
         seconds = [entry.seconds for entry in table.buckets.values()]
         even, peak = table.evenness, max(entry.peak_gib for entry in table.buckets.values())
+        measured = sum(entry.measured for entry in table.buckets.values())
         rows.append(
-            f"| {table.path.stem} | {min(seconds):.2f} to {max(seconds):.2f} | {even['spread']:.0%} | "
-            f"{even['best_spread']:.0%} | {even['original_spread']:.0%} | {even['waiting']:.0%} | "
-            f"{even['original_waiting']:.0%} | {peak:.0f} |"
+            f"| {table.path.stem} | {len(seconds)}, {measured} | {min(seconds):.2f} to {max(seconds):.2f} | "
+            f"{even['spread']:.0%} | {even['best_spread']:.0%} | {even['original_spread']:.0%} | "
+            f"{even['waiting']:.0%} | {even['original_waiting']:.0%} | {peak:.0f} |"
         )
     records = [{"device": t.device, "versions": t.versions, "date": t.date} for t in tables]
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep`"])
@@ -226,6 +228,30 @@ def _of_alone(r: dict, records: list[dict]) -> float | None:
         return r["notes"]["tokens_per_second_and_gpu"] / one["notes"]["tokens_per_second_and_gpu"]
     (one,) = (o for o in ones if o["case"] == r["case"])
     return one["ms"] / r["ms"] / gpus
+
+
+def sweep_check_table(path: Path) -> str:
+    """Markdown: what the trainer's steps took at the sizes of tables, and at those of configurations."""
+    rows = [
+        "| batch sizes of | buckets, steps | s a step | slowest over fastest, less 1 | waiting | "
+        "beside the table's times | GiB | out of memory |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    records = list(latest(path).values())
+    names = dict.fromkeys(r["case"].rpartition(" ")[0] for r in records)
+    for name in names:
+        own = [r for r in records if r["case"].rpartition(" ")[0] == name]
+        seconds = [r["ms"] / 1e3 for r in own]
+        slow, mean = max(seconds), sum(seconds) / len(seconds)
+        planned = [r["notes"]["table_seconds"] for r in own]
+        off = "-" if None in planned else f"{sum(seconds) / sum(planned) - 1:+.1%}"
+        peak = max(r["peak_gib"] or 0 for r in own)
+        rows.append(
+            f"| {name} | {len(own)}, {own[0]['notes']['steps_of_all']} | {min(seconds):.2f} to {slow:.2f} | "
+            f"{slow / min(seconds) - 1:.0%} | {slow / mean - 1:.0%} | {off} | {peak:.0f} | "
+            f"{own[0]['notes']['out_of_memory_of_all']} times |"
+        )
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep_check`"])
 
 
 def plan_table() -> str:

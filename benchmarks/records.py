@@ -95,5 +95,8 @@ def append(path: str | Path, records: list[Record]) -> None:
     """Adds lines to a results file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    lines = "".join(json.dumps(asdict(record)) + "\n" for record in records)
+    with open(path, "ab+") as file:
+        if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":
+            lines = "\n" + lines  # a kill left the line before it half written
+        file.write(lines.encode())

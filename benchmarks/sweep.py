@@ -10,10 +10,12 @@ average, and a margin.
 
 FOLDER gets <config>.yaml for each config (with `-encoders` at its end where they run in the step), which
 `--buckets auto` finds in its usual place; sweep.jsonl, every measurement; report.html, a page to read. The same command
-goes on after an interruption: what is in sweep.jsonl is not measured again.
+goes on after an interruption: what is in sweep.jsonl is not measured again. After a change of kernels it is, and the
+older measurements tell where to begin.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -26,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+import stdit_fast.kernels
 from stdit_fast.benchmarks.records import Record, append, command_line, installed_versions
 from stdit_fast.benchmarks.step import positions_of, step_flops
 from stdit_fast.benchmarks.sweep_encoders import EncodingCost, measure_encoding
@@ -39,11 +42,14 @@ from stdit_fast.benchmarks.sweep_model import (
     best_target,
     closest,
     efficiency,
+    exchanging,
     imbalance,
+    most_even,
     spread,
 )
 from stdit_fast.benchmarks.sweep_step import StepMeasurer
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.files import whole_file
 from stdit_fast.model import memory
 from stdit_fast.model.graphs import MAX_TOKENS
 from stdit_fast.train import bucket_tables
@@ -57,8 +63,10 @@ MARGIN = 0.06
 COMMUNICATION = 1536 << 20
 TRIES = 5  # probes of one bucket until its choice stands
 BETTER = 0.03  # a choice is given up for another that is expected to be better by so much,
-BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much
+BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much, and no less even,
+EVENER = 0.05  # or for one nearby whose spread is smaller by so much
 T5_CHANNELS = 4096
+ENCODERS = "-encoders"  # at the end of a name: they run in the step
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Conditions:
         budget: bytes that a step may allocate.
         base: bytes of those that every step takes: weights, gradients, the optimizer's state, the average.
         world_size, model, text_tokens: as in a table.
+        code: what `code_fingerprint` says of kernels and model.
         depth: blocks of the model.
     """
 
@@ -80,6 +89,7 @@ class Conditions:
     world_size: int
     model: dict
     text_tokens: int
+    code: str = ""
 
     @property
     def depth(self) -> int:
@@ -132,6 +142,7 @@ class Sweep:
         measure: (shape, batch, checkpointed blocks) -> Probe.
         record: is given each new probe.
         known: probes of an earlier, interrupted sweep.
+        hints: probes of other kernels, which tell where to begin.
         keeps: (bytes held by encoders, shape, batch, recomputed blocks) -> whether the model keeps activations.
         step_seconds: the target for all stages; None: chosen for each.
         encoding: what autoencoder and text encoder add; None: they do not run.
@@ -153,6 +164,7 @@ class Sweep:
         step_seconds: float | None = None,
         encoding: EncodingCost | None = None,
         verify: bool = True,
+        hints: list[Probe] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
@@ -165,6 +177,7 @@ class Sweep:
             known or [],
             encoding.seconds if encoding else None,
             partial(keeps, held) if keeps else None,
+            hints or [],
         )
         if encoding and conditions.base + encoding.peak > self.budget:
             remedy = f"encoding takes {encoding.peak / GIB:.1f} GiB beside weights and states; use a smaller number"
@@ -181,8 +194,9 @@ class Sweep:
         Args:
             settled: is given each stage as soon as it has.
         """
-        for shape, batch, checkpointed in self._anchors():
-            self._probe(shape, batch, checkpointed)
+        for shape, batch, checkpointed in self._anchors() if self.verify else ():
+            if not self.model.hinted(shape):
+                self._probe(shape, batch, checkpointed)
         if self.model.time is None:
             remedy = "no step ran, not even small ones; what else holds this GPU's memory?"
             raise ConfigError("buckets", [stage.name for stage in self.stages], remedy)
@@ -251,14 +265,26 @@ class Sweep:
         options = self._options(stage, self._longest(stage))
         best = best_target(options)
         if stage.seconds is not None:
-            now, then = (
-                efficiency(options, [closest(found, t) for found in options.values()]) for t in (best, stage.seconds)
-            )
-            if now - then < BETTER_TARGET:
+            best = self._better_target(options, stage.seconds, best)
+            if best is None:
                 return False
         stage.seconds = best
         self.say(f"{stage.name}: {best:.3f} s a step")
         return True
+
+    @staticmethod
+    def _better_target(options: dict[Shape, list[Choice]], seconds: float, best: float) -> float | None:
+        """`best`, if it is worth leaving `seconds` for it; else a step time near that one with much evener steps."""
+
+        def choices(target: float) -> list[Choice]:
+            return [closest(found, target) for found in options.values()]
+
+        now, then, nearby = choices(best), choices(seconds), most_even(options, seconds)
+        uneven = spread(c.seconds for c in then)
+        better = exchanging(options, now) - exchanging(options, then) >= BETTER_TARGET
+        if better and spread(c.seconds for c in now) <= uneven:
+            return best
+        return nearby if uneven - spread(c.seconds for c in choices(nearby)) >= EVENER else None
 
     def _settle(self, stage: Stage) -> None:
         """Chooses for each bucket; measures it, and chooses anew by what was measured, until the choice stands."""
@@ -416,35 +442,77 @@ def _fingerprint(conditions: Conditions) -> dict:
         "world_size": conditions.world_size,
         "model": conditions.model,
         "text_tokens": conditions.text_tokens,
+        "code": conditions.code,
     }
 
 
-def read_probes(path: Path, conditions: Conditions) -> list[Probe]:
-    """The probes of an earlier sweep under the same conditions; a line that a kill left half written is passed over."""
-    probes = []
+def code_fingerprint(*more: str) -> str:
+    """What tells these kernels and this model from others: a digest of their files, the CUDA library's among them.
+
+    Args:
+        more: folders of the package that count too.
+    """
+    package = Path(stdit_fast.__file__).parent
+    folders = [Path(stdit_fast.kernels.__file__).parent, *(package / n for n in ("diffusion", "model", "ops", *more))]
+    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in [*files, *sorted(package.glob("libstdit_cuda*"))]:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_probes(path: Path, conditions: Conditions) -> tuple[list[Probe], list[Probe]]:
+    """(probes of an earlier sweep under the same conditions, hints: those of other kernels).
+
+    A line that a kill left half written is passed over. Small steps are no hints: CUDA graphs took memory in these.
+    """
+    probes: list[Probe] = []
+    hints: dict[tuple, Probe] = {}
+    wanted = json.loads(json.dumps(_fingerprint(conditions)))
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         notes = record["notes"]
-        same = notes["conditions"] == json.loads(json.dumps(_fingerprint(conditions)))
-        if record["device"] != conditions.device or not same:
+        if record["device"] != conditions.device or notes["conditions"] | {"code": wanted["code"]} != wanted:
             continue
         resolution, *sizes = notes["shape"]
-        peak = round((record["peak_gib"] or 0) * GIB)
-        shape = Shape(resolution, *sizes)
-        probes.append(
-            Probe(
-                shape,
-                notes["batch"],
-                notes["checkpointed"],
-                tuple(notes["seconds"]),
-                peak,
-                notes.get("keeps_activations", False),
-            )
+        probe = Probe(
+            Shape(resolution, *sizes),
+            notes["batch"],
+            notes["checkpointed"],
+            tuple(notes["seconds"]),
+            round((record["peak_gib"] or 0) * GIB),
+            notes.get("keeps_activations", False),
         )
-    return probes
+        if notes["conditions"].get("code") == wanted["code"]:
+            probes.append(probe)
+        elif probe.shape.tokens(probe.batch) > MAX_TOKENS:
+            hints[probe.shape, probe.batch, probe.checkpointed] = probe
+    return probes, list(hints.values())
+
+
+def known_encoding(path: Path, of: dict, shapes: list[Shape]) -> EncodingCost | None:
+    """What encoding costs, if it stands in `path` for these conditions and all of these sizes."""
+    try:
+        content = json.loads(path.read_text())
+        if content["of"] != json.loads(json.dumps(of)):
+            return None
+        frames = {(height, width): seconds for height, width, seconds in content["frame_seconds"]}
+        cost = EncodingCost(tuple(content["text_seconds"]), frames, content["held"], content["peak"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return cost if all((s.height, s.width) in frames for s in shapes) else None
+
+
+def keep_encoding(path: Path, of: dict, cost: EncodingCost) -> None:
+    """Writes it for `known_encoding`."""
+    frames = [[*size, seconds] for size, seconds in cost.frame_seconds.items()]
+    content = {"of": of, "text_seconds": cost.text_seconds, "frame_seconds": frames, "held": cost.held,
+               "peak": cost.peak, "versions": installed_versions(), "date": date.today().isoformat()}  # fmt: skip
+    with whole_file(path) as draft:
+        draft.write_text(json.dumps(content, indent=1) + "\n")
 
 
 # ----------------------------------------------------------------- command line
@@ -484,40 +552,71 @@ def main(arguments: list[str] | None = None) -> int:
         world_size=args.world_size,
         model=sizes[0],
         text_tokens=measurer.text_tokens,
+        code=code_fingerprint(),
     )
     out = args.out or bucket_tables.user_folder() / bucket_tables.folder_name(conditions.device, conditions.memory_gib)
     file, started = out / "sweep.jsonl", time.perf_counter()
     originals = {path.stem: worst_shapes(config) for path, config in zip(args.config, configs, strict=True)}
     encoding = None
     if True in modes:
-        encoding = measure_encoding(
-            dict.fromkeys(shape for original in originals.values() for shape in original),
-            device,
-            text_tokens=conditions.text_tokens,
-            vae_frames=first.vae.micro_batch_size,
-            say=_say,
-        )
+        shapes = list(dict.fromkeys(shape for original in originals.values() for shape in original))
+        encoding = _encoding(out / "encoders.json", conditions, first.vae.micro_batch_size, shapes, device)
         _say(f"{encoding}")
-    for encoders in modes:
-        ending = "-encoders" if encoders else ""
-        sweep = Sweep(
-            [Stage(f"{name}{ending}", list(original), original) for name, original in originals.items()],
+    probes, hints = read_probes(file, conditions)
+
+    def sweep_of(stages: list[Stage], known: list[Probe], encoders: bool) -> Sweep:
+        return Sweep(
+            stages,
             conditions,
             measurer,
             record=lambda probe: append(file, [as_record(probe, conditions, model)]),
-            known=read_probes(file, conditions),
+            known=known,
             keeps=partial(keeps_activations, model, limit, conditions.base),
             step_seconds=args.step_seconds,
             encoding=encoding if encoders else None,
             verify=args.encoders != "both" or not encoders,
+            hints=hints,
             say=_say,
         )
-        known = len(sweep.model.probes)
-        _say(f"{conditions.device}, {sweep.budget / GIB:.1f} of {limit / GIB:.1f} GiB for a step, {known} probes known")
-        sweep.run(partial(_write, out, sweep))
-        write_report(out / f"report{ending}.html", sweep, model)
-        _say(f"{sweep.count} probes, {time.perf_counter() - started:.0f} s; tables, measurements and report in {out}")
+
+    sweep = sweep_of([Stage(name, list(o), o) for name, o in originals.items()], probes, modes == [True])
+    if sweep.encoding:
+        for stage in sweep.stages:
+            stage.name += ENCODERS
+    with_encoders: list[Stage] = []
+
+    def settled(stage: Stage) -> None:
+        _write(out, sweep, stage)
+        if args.encoders == "both":  # at once, so that an interruption leaves both
+            with_encoders.append(Stage(f"{stage.name}{ENCODERS}", stage.shapes, stage.original))
+            other = sweep_of(with_encoders[-1:], sweep.model.probes, True)
+            other.run(partial(_write, out, other))
+
+    _say(
+        f"{conditions.device}, {sweep.budget / GIB:.1f} of {limit / GIB:.1f} GiB for a step, {len(probes)} probes "
+        f"known, {len(hints)} of other kernels"
+    )
+    sweep.run(settled)
+    write_report(out / f"report{ENCODERS * (modes == [True])}.html", sweep, model)
+    if with_encoders:
+        write_report(out / f"report{ENCODERS}.html", sweep_of(with_encoders, sweep.model.probes, True), model)
+    _say(f"{sweep.count} probes, {time.perf_counter() - started:.0f} s; tables, measurements and report in {out}")
     return 0
+
+
+def _encoding(path: Path, conditions: Conditions, vae_frames, shapes: list[Shape], device) -> EncodingCost:
+    """Measures what encoding costs, unless that is known."""
+    of = {
+        "device": conditions.device,
+        "text_tokens": conditions.text_tokens,
+        "vae_frames": vae_frames,
+        "code": code_fingerprint("encoders"),
+    }
+    cost = known_encoding(path, of, shapes)
+    if cost is None:
+        cost = measure_encoding(shapes, device, text_tokens=conditions.text_tokens, vae_frames=vae_frames, say=_say)
+        keep_encoding(path, of, cost)
+    return cost
 
 
 def _write(folder: Path, sweep: Sweep, stage: Stage) -> None:

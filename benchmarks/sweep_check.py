@@ -6,17 +6,21 @@ A round is one step of each bucket, in a random order: what one bucket leaves be
 one meets. Batches are random, of the aspect ratio with the most tokens and with full captions; everything else is
 training: plugin, optimizer, average, and the encoders where the table has them (of real size, random weights). With
 `--original` the config's own batch sizes run too. Printed are the step times, their spread over buckets and how often
-memory ran out.
+memory ran out. `--metrics FOLDER` keeps the trainer's own lines of the steps that count, TABLE.jsonl, for
+`plan --check`.
 """
 
 import argparse
 import csv
+import json
+import math
 import random
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,8 +57,27 @@ class CheckTrainer(Trainer):
         return random_encoders(self.device, encoder_dtype(self.device), length, frames)
 
 
-def make_batch(shape: Shape, size: int, bucket: int, *, tokens: int, channels: int, pixels: bool, pin: bool) -> dict:
-    """A batch as the data set makes it, random, with full captions; every second video has a condition frame."""
+class StepLines:
+    """In place of a run's record: the trainer's numbers of each step, a line each, as metrics.jsonl has them."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+
+    def step(self, step: int, values: dict, bucket: str) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, "bucket": bucket} | values) + "\n")
+
+    def message(self, text: str) -> None:
+        print(text, flush=True)
+
+
+def make_batch(shape: Shape, size: int, bucket: int, *, text: torch.Tensor | None, tokens: int, pin: bool) -> dict:
+    """A batch as the data set makes it, random, with full captions; every second video has a condition frame.
+
+    Args:
+        text: [size or more captions * tokens, channels] states, of which those of the batch are a view; None: pixels.
+    """
     frames, rows, columns = shape.frames, shape.height // 8, shape.width // 8
     x_mask = torch.ones(size, frames, dtype=torch.bool)
     x_mask[::2, 0] = frames == 1
@@ -71,52 +94,69 @@ def make_batch(shape: Shape, size: int, bucket: int, *, tokens: int, channels: i
         "fps": one * 8,
         "samples": torch.zeros(size, dtype=torch.int64),
     }
-    if pixels:
+    if text is None:
         batch["pixels"] = torch.randint(256, (size, frames, shape.height, shape.width, 3), dtype=torch.uint8)
         batch["posterior_noise"] = torch.randn_like(noise)
     else:
         batch["latents"] = torch.randn_like(noise)
-        batch["text_states"] = torch.randn(tokens, channels).bfloat16().repeat(size, 1)
         batch["tokens"] = torch.full((size,), tokens)
     if pin:
         batch = {key: value.pin_memory() for key, value in batch.items()}
+    if text is not None:
+        batch["text_states"] = text[: size * tokens]
     none = torch.empty(0, dtype=torch.int64).numpy()
     request = BatchRequest(0, 0, bucket, batch["samples"].numpy(), none, size, step_batches=1)
     return batch | {"text": [""] * size, "bucket": bucket, "request": request, "bad": []}
 
 
 def check(
-    trainer: Trainer, shapes: list[Shape], buckets: Buckets, rounds: int, warmup: int, seed: int = 0
+    trainer: Trainer,
+    shapes: list[Shape],
+    buckets: Buckets,
+    rounds: int,
+    warmup: int,
+    seed: int = 0,
+    metrics: Path | None = None,
+    limit: float = math.inf,
 ) -> dict[Shape, tuple[list[float], float]]:
-    """Seconds of each step after the first `warmup` of a bucket, and the highest peak in GiB, of each shape."""
+    """Seconds of each step after the first `warmup` of a bucket, and the highest peak in GiB, of each shape.
+
+    Args:
+        metrics: file to which the trainer's own numbers of these steps are appended.
+        limit: seconds after which no step begins. Buckets that had none but warming steps then have the last of these,
+            and those that had none at all are left out.
+    """
     trainer.data.buckets = buckets
-    on_gpu = trainer.device.type == "cuda"
+    on_gpu, tokens = trainer.device.type == "cuda", trainer.config.text_encoder.model_max_length
     index = {(b.resolution, b.num_frames, b.height, b.width): i for i, b in enumerate(buckets)}
-    seconds, peaks, order = defaultdict(list), defaultdict(float), random.Random(seed)
+    places = {s: index[s.resolution, s.frames, s.height, s.width] for s in shapes}
+    text = None
+    if trainer.vae is None:  # one memory for all batches: it takes longer to fill than to train on
+        captions = max(buckets[place].batch_size for place in places.values())
+        text = torch.randn(tokens, trainer.text_encoder.channels).bfloat16().repeat(captions, 1)
+        text = text.pin_memory() if on_gpu else text
+    seconds, peaks, order, batches = defaultdict(list), defaultdict(float), random.Random(seed), {}
+    began = time.perf_counter()
     for number in range(rounds + warmup):
+        trainer.metrics = StepLines(metrics) if metrics is not None and number >= warmup else None
         for shape in order.sample(shapes, len(shapes)):
-            place = index[shape.resolution, shape.frames, shape.height, shape.width]
-            batch = make_batch(
-                shape,
-                buckets[place].batch_size,
-                place,
-                tokens=trainer.config.text_encoder.model_max_length,
-                channels=trainer.text_encoder.channels,
-                pixels=trainer.vae is not None,
-                pin=on_gpu,
-            )
+            if time.perf_counter() - began > limit:
+                break
+            if shape not in batches:
+                size = buckets[places[shape]].batch_size
+                batches[shape] = make_batch(shape, size, places[shape], text=text, tokens=tokens, pin=on_gpu)
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            trainer.train_step(iter([batch]))
+            trainer.train_step(iter([batches[shape]]))
             trainer.settle()
             if on_gpu:
                 torch.cuda.synchronize()
                 peaks[shape] = max(peaks[shape], torch.cuda.max_memory_allocated() / GIB)
-            if number >= warmup:
-                seconds[shape].append(time.perf_counter() - started)
-    return {shape: (seconds[shape], peaks[shape]) for shape in shapes}
+            seconds[shape].append(time.perf_counter() - started)
+    trainer.metrics = None
+    return {shape: (seconds[shape][warmup:] or seconds[shape][-1:], peaks[shape]) for shape in shapes if seconds[shape]}
 
 
 def build_trainer(config: TrainConfig, folder: Path, encoders: bool) -> CheckTrainer:
@@ -154,11 +194,15 @@ def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTab
     shapes = list(worst_shapes(config))
     measured = None if table is None else table.buckets
     buckets = Buckets(config.buckets, resolutions_file(config.resolutions), measured)
+    trainer.state.model.set_checkpointing("auto")  # a table before this one said how many blocks
+    metrics = args.metrics / f"{name}.jsonl" if args.metrics is not None and table is not None else None
     before, rounds = trainer.pieces.count, args.rounds if table is not None else 1
-    found = check(trainer, shapes, buckets, rounds, args.warm_up)
-    line = describe(name, found, (rounds + args.warm_up) * len(shapes), trainer.pieces.count - before)
+    first = trainer.step
+    found = check(trainer, shapes, buckets, rounds, args.warm_up, metrics=metrics, limit=args.seconds)
+    line = describe(name, found, trainer.step - first, trainer.pieces.count - before)
     print(line, flush=True)
     if args.out:
+        steps = trainer.step - first
         sizes = {(b.resolution, b.num_frames): b for b in buckets}
         records = []
         for shape, (seconds, peak) in found.items():
@@ -168,7 +212,8 @@ def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTab
             record.notes = {
                 "batch": bucket.batch_size,
                 "checkpointed": bucket.checkpointed,
-                "table_seconds": bucket.seconds,
+                "table_seconds": None if table is None else bucket.seconds,
+                "steps_of_all": steps,
             }
             record.notes["out_of_memory_of_all"] = trainer.pieces.count - before
             records.append(record)
@@ -177,13 +222,16 @@ def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTab
     trainer.pieces.known.clear()
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambda: None) -> int:
+    """Checks. `ready` is called when the trainer is there, before its first step."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", type=Path, required=True)
     parser.add_argument("--table", nargs="+", type=Path, required=True, help="one for each config, in that order")
     parser.add_argument("--rounds", type=int, default=3, help="steps of each bucket that count")
     parser.add_argument("--warm-up", type=int, default=WARMUP, help="steps of each bucket before them")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of each table at most")
     parser.add_argument("--original", action="store_true", help="run the configs' own batch sizes too, one round")
+    parser.add_argument("--metrics", type=Path, help="folder for the trainer's lines of each table's steps")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args(arguments)
     if len(args.config) != len(args.table):
@@ -198,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError("--table", str(table.path), f"it does not know {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(configs[0], Path(folder), tables[0].encoders)
+        ready()
         for path, config, table in zip(args.table, configs, tables, strict=True):
             run_table(trainer, path.stem, config, table, args)
             if args.original:

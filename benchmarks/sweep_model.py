@@ -6,13 +6,19 @@ frames; recomputing a share of the blocks adds that share of a forward pass. All
 formula misses of one bucket is made up by a factor from its own probes: a choice that has been measured is known.
 """
 
-from collections.abc import Callable, Iterable
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 GIB = 2**30
-OUT_OF_MEMORY = 1.08  # more is expected of a bucket after each time that it ran out of memory
+OUT_OF_MEMORY = 1.08  # more is expected of a bucket after each time that it ran out of memory, until a size has fit
+# What a step costs beside its own work where many machines share one: gradients one way, weights the other (modelled
+# for 64 GPUs, docs/multi_gpu.md). A step time is chosen with it, as if every run were such a one.
+EXCHANGE = 0.076
 
 
 @dataclass(frozen=True)
@@ -57,9 +63,9 @@ class Probe:
     def ran(self) -> bool:
         return bool(self.seconds)
 
-    @property
+    @cached_property
     def median(self) -> float:
-        return float(np.median(self.seconds))
+        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class StepModel:
         probes: what is known; `add` brings more.
         encoding: seconds that encoding adds to a step of so many samples of a shape; None: nothing is encoded.
         keeps: (shape, batch, recomputed blocks) -> whether the model keeps activations; None: it never does.
+        hints: probes of other kernels. They stand for a bucket until it has a probe that ran, and are never measured.
     """
 
     def __init__(
@@ -93,30 +100,61 @@ class StepModel:
         probes: Iterable[Probe] = (),
         encoding: Callable[[Shape, int], float] | None = None,
         keeps: Callable[[Shape, int, int], bool] | None = None,
+        hints: Iterable[Probe] = (),
     ):
         self.depth, self.base, self.encoding = depth, base, encoding
         self._keeps = keeps or (lambda shape, batch, checkpointed: False)
-        self.probes: list[Probe] = list(probes)
-        self.time_errors: list[float] = []
+        self.probes: list[Probe] = []
+        self._hints: dict[Shape, list[Probe]] = {}
+        self._drift: list[float] = []  # of buckets' first probes from what their hints say
+        for hint in hints:
+            if hint.ran:
+                self._hints.setdefault(hint.shape, []).append(hint)
+        self.time_errors: list[float] = []  # of the formulas, without a bucket's own factor
         self.memory_errors: list[float] = []
         self._fit()
+        for probe in probes:
+            self._note_drift(probe)
+            self.probes.append(probe)
+            self._by_shape.setdefault(probe.shape, []).append(probe)
+        self._fit()
+
+    def _note_drift(self, probe: Probe) -> None:
+        if probe.ran and self.hinted(probe.shape) and not self._own(probe.shape):
+            self._drift.append(probe.median / self._alone(probe))
 
     def add(self, probe: Probe) -> None:
+        self._note_drift(probe)
         self.probes.append(probe)
         self._fit()
 
     def _fit(self) -> None:
-        ran = [p for p in self.probes if p.ran]
+        self._factors: dict[Shape, float] = {}
         self._by_shape: dict[Shape, list[Probe]] = {}
         for probe in self.probes:
             self._by_shape.setdefault(probe.shape, []).append(probe)
+        ran = [p for p in self.probes if p.ran]
+        hints = [p for shape in self._hints if not self._own(shape) for p in self._hints[shape]]
         self.time = self.memory = None
-        if not ran:
+        if not ran + hints:
             return  # then nothing can be predicted yet
-        self.time = non_negative_fit([self._time_terms(p) for p in ran], [p.median for p in ran])
-        self.memory = non_negative_fit([self._memory_terms(p) for p in ran], [self._beyond(p) for p in ran])
-        self.time_errors = [p.median / self._formula(self.time, self._time_terms(p)) - 1 for p in ran]
-        self.memory_errors = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) - 1 for p in ran]
+        both = ran + hints
+        self.time = non_negative_fit([self._time_terms(p) for p in both], [p.median for p in both]).tolist()
+        self.memory = non_negative_fit([self._memory_terms(p) for p in both], [self._beyond(p) for p in both]).tolist()
+        self.time_errors = [p.median / self._formula(self.time, self._time_terms(p)) - 1 for p in both]
+        self.memory_errors = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) - 1 for p in both]
+
+    def _own(self, shape: Shape) -> list[Probe]:
+        """A bucket's probes that ran."""
+        return [p for p in self._by_shape.get(shape, ()) if p.ran]
+
+    def hinted(self, shape: Shape) -> bool:
+        """Whether probes of other kernels tell about a bucket."""
+        return shape in self._hints
+
+    def known(self, shape: Shape) -> list[Probe]:
+        """A bucket's probes that ran, or else its hints."""
+        return self._own(shape) or self._hints.get(shape, [])
 
     def _beyond(self, probe: Probe) -> float:
         """Bytes at the peak beyond those that every step takes."""
@@ -137,45 +175,57 @@ class StepModel:
         return [tokens, tokens * kept, tokens * kept * of.keeps, of.batch, of.batch * of.shape.frames]
 
     @staticmethod
-    def _formula(coefficients: np.ndarray, terms: list[float]) -> float:
-        return float(np.dot(coefficients, terms))
+    def _formula(coefficients: Sequence[float], terms: list[float]) -> float:
+        return sum(c * t for c, t in zip(coefficients, terms, strict=True))
 
     def seconds(self, shape: Shape, batch: int, checkpointed: int) -> float:
         """Expected seconds of a step; measured ones where there are."""
-        at = self._at(shape, batch, checkpointed)
+        seconds = self._alone(self._at(shape, batch, checkpointed))
+        if self._drift and self.hinted(shape) and not self._own(shape):
+            seconds *= float(np.median(self._drift))  # other kernels are as much faster or slower as elsewhere
+        return seconds + (self.encoding(shape, batch) if self.encoding else 0.0)
+
+    def _alone(self, at: "Probe | Choice") -> float:
+        """Expected seconds without encoding, by the bucket's own probes or its hints as they are."""
         seconds, near = self._formula(self.time, self._time_terms(at)), self._nearest(at)
         if near is not None:
             seconds *= near.median / self._formula(self.time, self._time_terms(near))
-        return seconds + (self.encoding(shape, batch) if self.encoding else 0.0)
+        return seconds
 
     def _at(self, shape: Shape, batch: int, checkpointed: int) -> Choice:
         return Choice(shape, batch, checkpointed, 0, 0, keeps=self._keeps(shape, batch, checkpointed))
 
     def find(self, shape: Shape, batch: int, checkpointed: int) -> Probe | None:
         """The probe of that very step."""
-        wanted = shape, batch, checkpointed
-        return next((p for p in self.probes if (p.shape, p.batch, p.checkpointed) == wanted), None)
+        own = self._by_shape.get(shape, ())
+        return next((p for p in own if (p.batch, p.checkpointed) == (batch, checkpointed)), None)
 
     def measured(self, shape: Shape, budget: float) -> list[Choice]:
         """What was measured of a bucket and fits into `budget` bytes."""
         return [
             Choice(shape, p.batch, p.checkpointed, self.seconds(shape, p.batch, p.checkpointed), p.peak, measured=True)
-            for p in self._by_shape.get(shape, [])
-            if p.ran and p.peak <= budget
+            for p in self._own(shape)
+            if p.peak <= budget
         ]
 
     def peak(self, shape: Shape, batch: int, checkpointed: int) -> float:
         """Expected bytes allocated at most; measured ones where there are; else on the safe side of errors."""
         at = self._at(shape, batch, checkpointed)
-        own = self._by_shape.get(shape, [])
-        ran = [p for p in own if p.ran]
-        for probe in ran:
+        own = self._own(shape)
+        for probe in own:
             if (probe.batch, probe.checkpointed) == (batch, checkpointed):
                 return float(probe.peak)
-        known = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) for p in ran]
-        factor = max(known) if known else 1 + max([0.0, *self.memory_errors])
-        factor *= OUT_OF_MEMORY ** (len(own) - len(ran))  # what was expected to fit did not
-        return self.base + factor * self._formula(self.memory, self._memory_terms(at))
+        return self.base + self._memory_factor(shape) * self._formula(self.memory, self._memory_terms(at))
+
+    def _memory_factor(self, shape: Shape) -> float:
+        """What the formula for memory is multiplied by for a bucket."""
+        if shape not in self._factors:
+            known = [self._beyond(p) / self._formula(self.memory, self._memory_terms(p)) for p in self.known(shape)]
+            factor = max(known) if known else 1 + max([0.0, *self.memory_errors])
+            failed = len(self._by_shape.get(shape, [])) - len(self._own(shape))  # what was expected to fit did not
+            failed = min(failed, 1) if self._own(shape) else failed
+            self._factors[shape] = factor * OUT_OF_MEMORY**failed
+        return self._factors[shape]
 
     def refuted(self, shape: Shape, batch: int, checkpointed: int) -> bool:
         """Whether a probe with no more samples and no fewer recomputed blocks has run out of memory."""
@@ -185,12 +235,12 @@ class StepModel:
 
     def _nearest(self, at: Choice) -> Probe | None:
         """The shape's own probe that is most like it."""
-        ran = [p for p in self._by_shape.get(at.shape, []) if p.ran]
-        if not ran:
+        known = self.known(at.shape)
+        if not known:
             return None
         return min(
-            ran,
-            key=lambda p: abs(np.log(p.batch / at.batch)) + abs(p.checkpointed - at.checkpointed) / self.depth,
+            known,
+            key=lambda p: abs(math.log(p.batch / at.batch)) + abs(p.checkpointed - at.checkpointed) / self.depth,
         )
 
     # ---------------------------------------------------------------- choosing
@@ -245,7 +295,7 @@ def non_negative_fit(terms: list[list[float]], values: list[float]) -> np.ndarra
 
 def closest(options: list[Choice], seconds: float) -> Choice:
     """The option whose step is nearest to `seconds`, as a ratio."""
-    return min(options, key=lambda o: abs(np.log(o.seconds / seconds)))
+    return min(options, key=lambda o: abs(math.log(o.seconds / seconds)))
 
 
 def efficiency(options: dict[Shape, list[Choice]], choices: list[Choice]) -> float:
@@ -257,6 +307,12 @@ def efficiency(options: dict[Shape, list[Choice]], choices: list[Choice]) -> flo
     slowest = max(c.seconds for c in choices)
     ideal = [min(o.seconds / o.batch for o in options[c.shape]) for c in choices]
     return float(np.mean([best * c.batch / slowest for best, c in zip(ideal, choices, strict=True)]))
+
+
+def exchanging(options: dict[Shape, list[Choice]], choices: list[Choice]) -> float:
+    """`efficiency`, with EXCHANGE in each step."""
+    slowest = max(c.seconds for c in choices)
+    return efficiency(options, choices) * slowest / (slowest + EXCHANGE)
 
 
 def spread(seconds: Iterable[float]) -> float:
@@ -272,21 +328,33 @@ def imbalance(seconds: Iterable[float]) -> float:
 
 
 def targets(options: dict[Shape, list[Choice]], count: int = 160) -> np.ndarray:
-    """Step times worth trying: from the longest that one sample takes, to three times that."""
+    """Step times worth trying: from three quarters of the longest that one sample takes, to three times that."""
     lowest = max(found[0].seconds for found in options.values())
-    return np.geomspace(lowest, 3 * lowest, count)
+    return np.geomspace(0.75 * lowest, 3 * lowest, count)
 
 
-def best_target(options: dict[Shape, list[Choice]], tolerance: float = 0.015) -> float:
-    """The step time of highest `efficiency`; of those within `tolerance` of it the one with the smallest spread."""
+def best_target(options: dict[Shape, list[Choice]], tolerance: float = 0.04, even: float = 0.03) -> float:
+    """Of the step times within `tolerance` of the highest efficiency the shortest whose spread is about the smallest.
+
+    The efficiency is `efficiency`, with EXCHANGE in each step.
+
+    Args:
+        even: how far from the smallest spread.
+    """
     tried = targets(options)
     chosen = [[closest(found, t) for found in options.values()] for t in tried]
-    shares = [efficiency(options, choices) for choices in chosen]
+    shares = [exchanging(options, choices) for choices in chosen]
     good = [i for i, share in enumerate(shares) if share >= max(shares) - tolerance]
-    return float(tried[min(good, key=lambda i: spread(c.seconds for c in chosen[i]))])
+    spreads = {i: spread(c.seconds for c in chosen[i]) for i in good}
+    return float(tried[min(i for i in good if spreads[i] <= min(spreads.values()) + even)])
+
+
+def most_even(options: dict[Shape, list[Choice]], near: float) -> float:
+    """The step time near `near` that has the smallest spread."""
+    tried = near * np.geomspace(0.8, 1.25, 200)
+    return float(min(tried, key=lambda t: spread(closest(found, t).seconds for found in options.values())))
 
 
 def best_spread(options: dict[Shape, list[Choice]], near: float) -> float:
     """The smallest spread that whole batch sizes allow with steps of about `near` seconds."""
-    tried = near * np.geomspace(0.8, 1.25, 200)
-    return min(spread(closest(found, t).seconds for found in options.values()) for t in tried)
+    return spread(closest(found, most_even(options, near)).seconds for found in options.values())

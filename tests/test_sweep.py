@@ -3,14 +3,18 @@
 import json
 import math
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 
 from stdit_fast import STDiT2Config
 from stdit_fast.benchmarks import sweep as sweeping
-from stdit_fast.benchmarks import sweep_check
+from stdit_fast.benchmarks import sweep_check, sweep_step
+from stdit_fast.benchmarks.readme import sweep_check_table
 from stdit_fast.benchmarks.records import append
 from stdit_fast.benchmarks.sweep import Conditions, Stage, Sweep, as_record, read_probes, worst_shapes
 from stdit_fast.benchmarks.sweep_encoders import EncodingCost, measure_encoding
@@ -146,19 +150,67 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         Sweep(stages("stage2"), CONDITIONS, FakeGPU(), record=record).run()
     with open(file, "a") as half:
         half.write('{"suite": "sweep", "ca')
-    known = read_probes(file, CONDITIONS)
-    assert len(known) == 20
-    other = Conditions(**{**vars(CONDITIONS), "world_size": 8})
-    assert not read_probes(file, other), "probes under other conditions say nothing"
+    known, hints = read_probes(file, CONDITIONS)
+    assert len(known) == 20 and not hints
+    other = replace(CONDITIONS, world_size=8)
+    assert read_probes(file, other) == ([], []), "probes under other conditions say nothing"
     gpu = FakeGPU()
-    sweep = Sweep(stages("stage2"), CONDITIONS, gpu, known=known)
+    sweep = Sweep(
+        stages("stage2"), CONDITIONS, gpu, lambda p: append(file, [as_record(p, CONDITIONS, config)]), known=known
+    )
     sweep.run()
     again = {(p.shape, p.batch, p.checkpointed) for p in known} & set(gpu.calls)
     assert not again
+    assert len(read_probes(file, CONDITIONS)[0]) == len(sweep.model.probes), (
+        "none is lost to the line that was half written"
+    )
     table = sweep.table(sweep.stages[0])
     bucket_tables.write(tmp_path / "t.yaml", table)
     read = bucket_tables.read(tmp_path / "t.yaml")
     assert read.buckets == table.buckets and read.step_seconds == table.step_seconds
+
+
+def test_after_a_change_of_kernels_the_older_probes_tell_where_to_begin(tmp_path):
+    """One probe of most buckets then does, and none of the older ones counts as measured."""
+    file, config = tmp_path / "sweep.jsonl", STDiT2Config()
+    before = Sweep(stages("stage2"), CONDITIONS, FakeGPU(), lambda p: append(file, [as_record(p, CONDITIONS, config)]))
+    before.run()
+    changed = replace(CONDITIONS, code="other kernels")
+    known, hints = read_probes(file, changed)
+    assert not known and 25 < len(hints) <= len(before.model.probes)
+
+    class Faster(FakeGPU):
+        def __call__(self, shape, batch, checkpointed):
+            probe = super().__call__(shape, batch, checkpointed)
+            return replace(probe, seconds=tuple(0.93 * s for s in probe.seconds))
+
+    gpu = Faster()
+    sweep = Sweep(stages("stage2"), changed, gpu, step_seconds=before.stages[0].seconds, hints=hints)
+    sweep.run()
+    assert len(gpu.calls) <= 32 < 50 < len(before.model.probes)
+    assert sweep.model.probes == [Faster()(*call) for call in gpu.calls]
+    for choice in sweep.stages[0].choices.values():
+        assert choice.measured and choice.seconds == pytest.approx(
+            Faster()(choice.shape, choice.batch, choice.checkpointed).median
+        )
+
+
+def test_what_encoding_costs_is_kept_for_the_same_conditions(tmp_path):
+    path, (stage,) = tmp_path / "encoders.json", stages("stage1")
+    cost = EncodingCost((0.01, 6e-3), {(s.height, s.width): 2e-3 for s in stage.shapes}, 10 * GIB, 12 * GIB)
+    sweeping.keep_encoding(path, {"code": "a"}, cost)
+    assert sweeping.known_encoding(path, {"code": "a"}, stage.shapes) == cost
+    assert sweeping.known_encoding(path, {"code": "b"}, stage.shapes) is None
+    assert sweeping.known_encoding(path, {"code": "a"}, [Shape("x", 1, 8, 8, 1)]) is None
+    assert sweeping.known_encoding(tmp_path / "none.json", {"code": "a"}, []) is None
+
+
+def test_steps_are_timed_until_they_agree():
+    settled, steady = sweep_step._settled, sweep_step._steady
+    assert not settled([]) and not settled([0.5]) and settled([0.5, 0.51]) and not settled([0.5, 0.6])
+    assert steady([0.7, 0.5, 0.51, 0.505]) == [0.5, 0.51, 0.505] and steady([0.5, 0.6]) == []
+    assert not settled([0.1] * 4) and settled([0.1, 0.2] * 3), "small steps are many, but not without end"
+    assert settled([1.2])
 
 
 def test_encoders_make_room_and_time_for_themselves():
@@ -250,7 +302,7 @@ def test_a_step_is_measured_and_a_failure_recovered_from(monkeypatch):
     before = [p.detach().clone() for p in measurer.model.parameters()]
     shape = Shape("64p", 4, 64, 64, 16)
     probe = measurer(shape, 2, 1)
-    assert probe.ran and len(probe.seconds) >= 2 and all(s > 0 for s in probe.seconds)
+    assert probe.ran and all(s > 0 for s in probe.seconds)
     assert measurer.model.last_checkpointed == 1
     moved = [not torch.equal(a, b) for a, b in zip(before, measurer.model.parameters(), strict=True)]
     assert any(moved), "the optimizer's step is part of it"
@@ -312,10 +364,23 @@ def test_tables_are_checked_by_the_trainer_itself(tmp_path, monkeypatch):
     }
     buckets = sweep_check.Buckets(config.buckets, sweep_check.resolutions_file(config.resolutions), entries)
     trainer = sweep_check.build_trainer(config, tmp_path, encoders=False)
-    found = sweep_check.check(trainer, shapes, buckets, rounds=2, warmup=1)
+    found = sweep_check.check(trainer, shapes, buckets, rounds=2, warmup=1, metrics=tmp_path / "m.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 * len(shapes) and len({line["bucket"] for line in lines}) == len(shapes)
+    assert all(line["step_seconds"] > 0 and line["out_of_memory"] == 0 for line in lines)
     assert set(found) == set(shapes) and all(len(s) == 2 and min(s) > 0 for s, _ in found.values())
     assert trainer.step == 3 * len(shapes) and trainer.pieces.count == 0 and trainer.skipped == 0
     assert trainer.state.model.last_checkpointed == 1, "the table's blocks are recomputed"
+    args = SimpleNamespace(rounds=1, warm_up=0, metrics=None, seconds=math.inf, out=str(tmp_path / "check.jsonl"))
+    table = bucket_tables.BucketTable("cpu", 1.0, 1, False, 0.1, {}, 8, entries)
+    sweep_check.run_table(trainer, "tiny", config, table, args)
+    sweep_check.run_table(trainer, "tiny original sizes", config, None, args)
+    assert trainer.state.model.last_checkpointed == 0, "a table's blocks are not those of the sizes after it"
+    rows = sweep_check_table(tmp_path / "check.jsonl").splitlines()
+    assert rows[2].startswith(f"| tiny | {len(shapes)}, {len(shapes)} | ") and rows[2].endswith("| 0 times |")
+    assert rows[3].startswith("| tiny original sizes | ") and "| - |" in rows[3]
+    few = sweep_check.check(trainer, shapes, buckets, rounds=5, warmup=1, limit=1e-9)
+    assert not few, "no time, no steps"
     real = sweep_check.CheckTrainer.losses
 
     def limited(self, model, batch):
@@ -355,3 +420,65 @@ def test_memory_for_activations_is_told_apart():
     assert max(map(abs, sweep.model.memory_errors)) < 0.12
     for choice in stage.choices.values():
         assert gpu(choice.shape, choice.batch, choice.checkpointed).peak <= CONDITIONS.budget
+
+
+def test_the_command_writes_each_stage_as_it_goes_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    """With a simulated GPU: tables with features and with encoders, both reports; nothing is measured twice."""
+    gpus = []
+
+    class Measurer(FakeGPU):
+        base, limit = 12 * GIB, None
+
+        def __init__(self, config, device, *, text_tokens, **options):
+            super().__init__()
+            self.text_tokens = text_tokens
+            gpus.append(self)
+
+        def __call__(self, shape, batch, checkpointed):
+            if self.limit is not None and len(self.calls) == self.limit:
+                raise KeyboardInterrupt
+            return super().__call__(shape, batch, checkpointed)
+
+    encoded = []
+
+    def measure_encoding(shapes, device, **options):
+        encoded.append(device)
+        return EncodingCost((0.01, 3e-3), {(s.height, s.width): 1e-3 for s in shapes}, 9 * GIB, 10 * GIB)
+
+    total = 79 * GIB
+    monkeypatch.setattr(sweeping, "StepMeasurer", Measurer)
+    monkeypatch.setattr(sweeping, "measure_encoding", measure_encoding)
+    monkeypatch.setattr(sweeping.memory, "memory_limit", lambda device: total)
+    for name, value in {
+        "is_available": True, "current_device": 0, "get_device_name": "NVIDIA H100 80GB HBM3",
+        "get_device_properties": SimpleNamespace(total_memory=total),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    out, config = tmp_path / "out", yaml.safe_load((CONFIGS / "stage1.yaml").read_text())
+    for name, buckets in (
+        ("first", {"144p": {1: [1.0, 48], 16: [1.0, 6]}, "1024": {1: [1.0, 3]}}),
+        ("second", {"240p": {16: [1.0, 2], 32: [1.0, 1]}, "256": {1: [1.0, 24], 48: [1.0, 1]}}),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config | {"buckets": buckets}))
+    command = ["--config", str(tmp_path / "first.yaml"), str(tmp_path / "second.yaml"), "--encoders", "both"]
+    command += ["--out", str(out)]
+    Measurer.limit = 18
+    with pytest.raises(KeyboardInterrupt):
+        sweeping.main(command)
+    tables = {path.stem: bucket_tables.read(path) for path in out.glob("*.yaml")}
+    assert set(tables) == {"first", "first-encoders"}, "the first stage is whole"
+    Measurer.limit = None
+    assert sweeping.main(command) == 0
+    assert not set(gpus[0].calls) & set(gpus[1].calls) and len(encoded) == 1
+    tables |= {path.stem: bucket_tables.read(path) for path in out.glob("*.yaml")}
+    assert set(tables) == {f"{stage}{end}" for stage in ("first", "second") for end in ("", "-encoders")}
+    for name, table in tables.items():
+        assert table.encoders == name.endswith("-encoders")
+        assert all(entry.measured for entry in table.buckets.values()) or table.encoders
+    for end in ("", "-encoders"):
+        page = (out / f"report{end}.html").read_text()
+        assert f"first{end}:" in page and f"second{end}:" in page
+    assert sweeping.main(command) == 0 and len(gpus[2].calls) < 5, "nearly all is known"
+    assert sweeping.main([*command[:-4], "--encoders", "on", "--out", str(out)]) == 0
+    table = bucket_tables.read(out / "first-encoders.yaml")
+    assert gpus[3].calls and all(entry.measured for entry in table.buckets.values()), "by itself it measures its sizes"

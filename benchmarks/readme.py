@@ -80,10 +80,15 @@ def ops_table(path: Path) -> str:
     )
 
 
-def attention_table(path: Path) -> str:
-    """Markdown: a row for each case and direction of the attention suite, ours beside the libraries."""
+def attention_table(path: Path, cases: str = "sequences x length, 16 heads of 72", arguments: str = "") -> str:
+    """Markdown: a row for each case and direction of the attention suite, ours beside the libraries.
+
+    Args:
+        cases: what a case's name is made of.
+        arguments: of the benchmark's command.
+    """
     rows = [
-        "| sequences x length, 16 heads of 72 | ours, QK-norm inside | cuDNN, no norm | FlashAttention 2, no norm |",
+        f"| {cases} | ours, QK-norm inside | cuDNN, no norm | FlashAttention 2, no norm |",
         "| --- | --- | --- | --- |",
     ]
     records = latest(path)
@@ -92,7 +97,8 @@ def attention_table(path: Path) -> str:
             found = [records[suite, case, name] for name in ("cuda", "cudnn", "flash_attention_2")]
             cells = [f"{r['ms']:.3f} ms, {r['flops'] / r['ms'] / 1e9:.0f} TFLOP/s" for r in found]
             rows.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", _machine(list(records.values())), "", "`python -m stdit_fast.benchmarks.attention`"])
+    command = f"`python -m stdit_fast.benchmarks.attention{arguments}`"
+    return "\n".join([*rows, "", _machine(list(records.values())), "", command])
 
 
 def optimizer_table(path: Path) -> str:
@@ -287,6 +293,11 @@ def tables() -> dict[str, str]:
         "sample h100": sample_table(h100 / "sample.jsonl"),
         "ops h200": ops_table(results / "ops.jsonl"),
         "attention h100": attention_table(h100 / "attention.jsonl"),
+        "head_dims h100": attention_table(
+            h100 / "attention_head_dims.jsonl",
+            "sequences x length x head dimension (72 where none is said), 16 heads",
+            " --cases 96x144 64x1024 16x3600 --head-dim 64 72 80 96",
+        ),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),

@@ -23,9 +23,7 @@ void attention_forward(const stdit_attention& call, cudaStream_t stream) {
 
 void attention_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream) {
   of_head_dim(call.head_dim, [&](auto d) {
-    if constexpr (kServesPackedKeys<d>) {
-      if (call.key_starts != nullptr) return packed_backward<d>(call, gradients, stream);
-    }
+    if (call.key_starts != nullptr) return packed_backward<d>(call, gradients, stream);
     if constexpr (kHasShortBackward<d>) {
       if (rounds_keys<d>(call)) return short_backward<d>(call, gradients, stream);
     }
@@ -36,12 +34,9 @@ void attention_backward(const stdit_attention& call, const stdit_attention_gradi
 int64_t attention_backward_scratch(const stdit_attention& call) {
   int64_t bytes = 0;
   of_head_dim(call.head_dim, [&](auto d) {
-    bytes = long_backward_scratch<d>(call);
+    bytes = call.key_starts == nullptr ? long_backward_scratch<d>(call) : packed_backward_scratch<d>(call);
     if constexpr (kHasShortBackward<d>) {
-      if (rounds_keys<d>(call)) bytes = short_backward_scratch<d>(call);
-    }
-    if constexpr (kServesPackedKeys<d>) {
-      if (call.key_starts != nullptr) bytes = packed_backward_scratch<d>(call);
+      if (call.key_starts == nullptr && rounds_keys<d>(call)) bytes = short_backward_scratch<d>(call);
     }
   });
   return bytes;

@@ -41,8 +41,7 @@ void check_attention(const stdit_attention& call) {
   check_heads("k", call.k);
   check_heads("v", call.v);
   check_heads("o", call.o);
-  bool serves_packed_keys = false;
-  if (!ServedHeadDims::visit(call.head_dim, [&](auto d) { serves_packed_keys = kServesPackedKeys<d>; })) {
+  if (!ServedHeadDims::visit(call.head_dim, [](auto) {})) {
     throw std::invalid_argument("attention: head dimension " + std::to_string(call.head_dim) + ", where " +
                                 ServedHeadDims::text() + " can be served");
   }
@@ -53,10 +52,6 @@ void check_attention(const stdit_attention& call) {
     throw std::invalid_argument("attention: scale " + std::to_string(call.scale) + ", where positive ones are served");
   }
   if (call.key_starts != nullptr) {
-    if (!serves_packed_keys) {
-      throw std::invalid_argument("attention: packed keys at head dimension " + std::to_string(call.head_dim) +
-                                  ", whose keys do not all fit into shared memory");
-    }
     if (call.normalise_q || call.normalise_k || call.q_weight != nullptr || call.k_weight != nullptr) {
       throw std::invalid_argument("attention: packed keys with a norm or weights");
     }

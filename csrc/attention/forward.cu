@@ -19,8 +19,8 @@
 // rounding.
 //
 // Tiles: up to 160 keys, as training's small buckets have, what counts is memory: three consumers hold all queries of a
-// sequence, 80 keys a tile waste least (144 = 80 + 64). Longer: 128 queries by 128 keys or 192 by 96, which take as
-// long a tile, whichever needs fewer tiles. Of a last tile with few keys only a part is multiplied.
+// sequence, 80 keys a tile waste least (144 = 80 + 64). Longer: 128 queries by 128 keys or 192 by 96 (of heads up to 80
+// wide), which take as long a tile, whichever needs fewer tiles. Of a last tile with few keys only a part is multiplied.
 //
 // Keys and values of a head stay in the ring for all its units that a block has, if they fit.
 //
@@ -47,8 +47,7 @@ struct Forward {
   static constexpr int kTail = kKeys == 128 || (kKeys == 80 && !kPacked) ? 64 : 48;  // keys of a narrow last tile
   using QueryTile = Tile<D, 64>;
   using KeyTile = Tile<D, kKeys>;
-  static constexpr int kFeederRegisters =
-      kConsumers == 2 ? (D > 96 ? 40 : 72) : kPacked || kKeys == 96 || D > 80 ? 32 : 56;
+  static constexpr int kFeederRegisters = kConsumers == 2 ? 72 : kPacked || kKeys == 96 || D > 80 ? 32 : 56;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
 
   struct Shared {
@@ -533,23 +532,19 @@ int64_t tiles_of(const stdit_attention& call) {
 
 template <int D>
 void forward(const stdit_attention& call, cudaStream_t stream) {
-  using Middle = Forward<D, 2, 128, D <= 80 ? 4 : D <= 96 ? 3 : 2>;
-  if constexpr (kServesPackedKeys<D>) {
-    using Packed = Forward<D, D <= 80 ? 3 : 2, 80, 4, true>;
-    static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
-    if (call.key_starts != nullptr) return launch<Packed>(call, stream);
-  }
-  if constexpr (D <= 96) {
-    using Short = Forward<D, 3, 80, D <= 80 ? 4 : 3>;
-    if (call.keys <= 2 * Short::kKeys) return launch<Short>(call, stream);
-  }
-  if constexpr (D <= 80) {
+  using Packed = Forward<D, D <= 80 ? 3 : 2, 80, 4, true>;
+  using Short = Forward<D, 3, 80, D <= 80 ? 4 : 3>;
+  using Middle = Forward<D, 2, 128, D <= 80 ? 4 : 3>;
+  static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
+  if (call.key_starts != nullptr) return launch<Packed>(call, stream);
+  if (call.keys <= 2 * Short::kKeys) return launch<Short>(call, stream);
+  if constexpr (D <= 80) {  // wider heads' registers leave no room for a third consumer of so many keys
     using Long = Forward<D, 3, 96, 4>;
     // A tile of either takes as long; in the ring, once more, it costs nothing.
     const bool stay = call.keys <= Middle::kKeys * Middle::kStages && call.keys > 2 * Long::kKeys;
     if (!stay && tiles_of<Long>(call) < tiles_of<Middle>(call)) return launch<Long>(call, stream);
   }
-  launch<Middle>(call, stream);  // wider heads' registers leave room for no third consumer
+  launch<Middle>(call, stream);
 }
 
 template void forward<STDIT_HEAD_DIM>(const stdit_attention&, cudaStream_t);

@@ -29,11 +29,7 @@ struct HeadDims {
   }
 };
 
-using ServedHeadDims = HeadDims<64, 72, 80, 96, 128>;
-
-// Over packed keys all of a head's keys stay in shared memory.
-template <int D>
-constexpr bool kServesPackedKeys = D <= 96;
+using ServedHeadDims = HeadDims<64, 72, 80, 96>;
 
 // Whether one kernel finds all gradients of a head of few keys: wider heads' leave no room for that in registers.
 template <int D>
@@ -61,7 +57,7 @@ template <int D>
 int64_t long_backward_scratch(const stdit_attention& call);
 template <int D>
 void long_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
-// and of packed keys, if kServesPackedKeys (packed_backward.cu).
+// and of packed keys (packed_backward.cu).
 template <int D>
 int64_t packed_backward_scratch(const stdit_attention& call);
 template <int D>

@@ -21,7 +21,8 @@
 // One thread of the first warpgroup has the copy engine bring all tiles; a unit's queries come while the one before is
 // worked on, and are normalised by their consumers. Consumers ask for products in turns (turns.h).
 //
-// Tiles: 64 keys for three consumers, 80 queries for two, which is what their registers hold.
+// Tiles: 64 keys for three consumers, 80 queries for two, which is what their registers hold; of heads of 96 two
+// consumers, which is what shared memory holds, and 64 queries.
 
 #include <algorithm>
 
@@ -799,9 +800,9 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
 }
 
 template <int D>
-using Queries = QueryGradient<D, D <= 80 ? 3 : 2, D <= 96 ? 64 : 48, D <= 96 ? 3 : 2>;
+using Queries = QueryGradient<D, D <= 80 ? 3 : 2, 64, 3>;
 template <int D>
-using Keys = KeyGradient<D, D <= 80 ? 80 : D <= 96 ? 64 : 48, D <= 96 ? 4 : 3>;
+using Keys = KeyGradient<D, D <= 80 ? 80 : 64, 4>;
 
 }  // namespace
 

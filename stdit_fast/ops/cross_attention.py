@@ -19,7 +19,7 @@ def _serving() -> tuple[str, str]:
         return implementation, reason
     ours, why_not = cuda_attention.available(torch.cuda.current_device())
     if ours:
-        served = f"bf16 at head dimension {cuda_attention.served_head_dims(text=True)}"
+        served = f"bf16 at head dimension {cuda_attention.served_head_dims()}"
         served += f", texts of at most {cuda_attention.MOST_KEYS} tokens"
         return "cuda", f"{served}; else triton"
     return implementation, f"{reason}; not ours in CUDA: {why_not}"

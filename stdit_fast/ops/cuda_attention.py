@@ -5,9 +5,7 @@ from torch import Tensor
 
 from stdit_fast import _cuda
 
-# Those whose kernels have run on a GPU, of the ones that there are (csrc/attention/head_dim.h).
-HEAD_DIMS = (72,)
-TEXT_HEAD_DIMS = (72,)  # over packed text
+HEAD_DIMS = (64, 72, 80, 96)  # that kernels are made for: csrc/attention/head_dim.h
 MOST_KEYS = 320  # tokens of a text: they stay in shared memory
 _ALIGNMENT = 8  # elements: the copy engine takes addresses and strides in steps of 16 bytes
 
@@ -22,9 +20,9 @@ def available(device: int) -> tuple[bool, str]:
     return True, reason
 
 
-def served_head_dims(text: bool = False) -> str:
-    """The head dimensions in words, such as "64, 72"; text: of cross attention."""
-    return ", ".join(map(str, TEXT_HEAD_DIMS if text else HEAD_DIMS))
+def served_head_dims() -> str:
+    """The head dimensions in words, such as "64, 72"."""
+    return ", ".join(map(str, HEAD_DIMS))
 
 
 def unserved(x: Tensor, text_length: int = 0) -> str:
@@ -37,8 +35,8 @@ def unserved(x: Tensor, text_length: int = 0) -> str:
         return f"a tensor on {x.device.type}"
     if x.dtype != torch.bfloat16:
         return f"{x.dtype}, where torch.bfloat16 is served"
-    if x.shape[-1] not in (TEXT_HEAD_DIMS if text_length else HEAD_DIMS):
-        return f"head dimension {x.shape[-1]}, where {served_head_dims(text_length > 0)} can be served"
+    if x.shape[-1] not in HEAD_DIMS:
+        return f"head dimension {x.shape[-1]}, where {served_head_dims()} can be served"
     if text_length > MOST_KEYS:
         return f"a text of {text_length} tokens, where {MOST_KEYS} fit"
     there, reason = available(x.device.index)

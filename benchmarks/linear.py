@@ -56,32 +56,27 @@ def gelu_backward(tokens: int, ranks: int) -> Implementations:
     dy, weight = randn(tokens, CHANNELS), randn(CHANNELS, HIDDEN, scale=CHANNELS**-0.5)
     hidden = randn(tokens, HIDDEN)
 
-    def in_epilogue(rank: int, bias: bool = False) -> tuple[Tensor, Tensor | None]:
-        return cublaslt.gelu_input_gradient(dy, weight, hidden, bias=bias, rank=rank)
+    def in_epilogue(rank: int) -> Tensor:
+        return cublaslt.gelu_input_gradient(dy, weight, hidden, rank=rank)
 
     def activation_kept(rank: int) -> tuple[Tensor, Tensor]:
-        dh, _ = in_epilogue(rank)
+        dh = in_epilogue(rank)
         return dh, column_sum_op(dh)
 
     found = {"gemm": lambda: dy @ weight, "passes": lambda: gelu.backward(dy @ weight, hidden)}
     for rank in range(ranks):
         found[_named("cublaslt gradient alone", rank)] = lambda rank=rank: in_epilogue(rank)
-        found[_named("cublaslt, bias's in the epilogue", rank)] = lambda rank=rank: in_epilogue(rank, bias=True)
         found[_named("cublaslt, activation kept", rank)] = lambda rank=rank: activation_kept(rank)
     return found
 
 
-def weight_gradient(tokens: int, ranks: int, out: int, into: int) -> Implementations:
+def weight_gradient(tokens: int, out: int, into: int) -> Implementations:
     dy, x = randn(tokens, out), randn(tokens, into)
-    found = {
+    return {
         "gemm": lambda: dy.t() @ x,
         "gemm of the transpose": lambda: x.t() @ dy,
         "passes": lambda: (dy.t() @ x, column_sum_op(dy)),
-        "cublaslt gemm": lambda: cublaslt.weight_gradient(dy, x, bias=False),
     }
-    for rank in range(ranks):
-        found[_named("cublaslt", rank)] = lambda rank=rank: cublaslt.weight_gradient(dy, x, bias=True, rank=rank)
-    return found
 
 
 def mlp(tokens: int) -> Implementations:
@@ -131,7 +126,7 @@ def cases(tokens: int, ranks: int) -> Iterator[tuple[str, int, Callable[[], Impl
     }
     for out, into in ((HIDDEN, CHANNELS), (3 * CHANNELS, CHANNELS), (CHANNELS, CHANNELS), (CHANNELS, HIDDEN)):
         products[f"weight_gradient-{out}-{into}"] = (
-            out * into, lambda out=out, into=into: weight_gradient(tokens, ranks, out, into)
+            out * into, lambda out=out, into=into: weight_gradient(tokens, out, into)
         )  # fmt: skip
     products[f"mlp-{HIDDEN}-{CHANNELS}"] = (6 * HIDDEN * CHANNELS, lambda: mlp(tokens))
     for name, (size, make) in products.items():

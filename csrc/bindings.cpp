@@ -179,7 +179,6 @@ PYBIND11_MODULE(_C, m) {
            py::call_guard<py::gil_scoped_release>());
   m.attr("LINEAR_FORWARD") = static_cast<int>(STDIT_LINEAR_FORWARD);
   m.attr("LINEAR_INPUT_GRADIENT") = static_cast<int>(STDIT_LINEAR_INPUT_GRADIENT);
-  m.attr("LINEAR_WEIGHT_GRADIENT") = static_cast<int>(STDIT_LINEAR_WEIGHT_GRADIENT);
   m.def("cublaslt_version", &cublaslt_version, "Of the cuBLASLt in this process, as 130200; raises where it has none.");
   py::class_<Linear>(m, "Linear", "One GEMM of a linear layer with bias and GELU in its epilogue.")
       .def(py::init<int, bool, bool, int64_t, int64_t, int64_t, int, int>(), py::kw_only(), py::arg("product"),

@@ -35,11 +35,11 @@ constexpr int kFloat32 = 0, kBfloat16 = 14;
 constexpr int32_t kAsIs = 0, kTransposed = 1;
 
 // Attributes of an operation.
-constexpr int kTransposeA = 3, kTransposeB = 4, kEpilogue = 7, kBiasPointer = 8, kAuxPointer = 11, kAuxStride = 12;
+constexpr int kTransposeA = 3, kEpilogue = 7, kBiasPointer = 8, kAuxPointer = 11, kAuxStride = 12;
 
 // Values of its epilogue.
 constexpr uint32_t kPlain = 1, kBias = 4, kGeluAux = 32 | 128, kGeluAuxBias = kGeluAux | 4;
-constexpr uint32_t kGeluGradient = 64 | 128, kGeluBiasGradient = kGeluGradient | 16, kBiasGradientOfB = 512;
+constexpr uint32_t kGeluGradient = 64 | 128;
 
 // Attributes of a preference, and schemes of adding up what several blocks have of one tile.
 constexpr int kMaxWorkspace = 1, kReductionMask = 3, kMinAlignmentA = 5, kMinAlignmentD = 8;

@@ -12,14 +12,13 @@ namespace stdit::cublaslt {
 static_assert(kSuccess == CUBLAS_STATUS_SUCCESS && kComputeFloat32 == CUBLAS_COMPUTE_32F);
 static_assert(kFloat32 == CUDA_R_32F && kBfloat16 == CUDA_R_16BF);
 static_assert(kAsIs == CUBLAS_OP_N && kTransposed == CUBLAS_OP_T);
-static_assert(kTransposeA == CUBLASLT_MATMUL_DESC_TRANSA && kTransposeB == CUBLASLT_MATMUL_DESC_TRANSB);
-static_assert(kEpilogue == CUBLASLT_MATMUL_DESC_EPILOGUE && kBiasPointer == CUBLASLT_MATMUL_DESC_BIAS_POINTER);
+static_assert(kTransposeA == CUBLASLT_MATMUL_DESC_TRANSA && kEpilogue == CUBLASLT_MATMUL_DESC_EPILOGUE);
+static_assert(kBiasPointer == CUBLASLT_MATMUL_DESC_BIAS_POINTER);
 static_assert(kAuxPointer == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER);
 static_assert(kAuxStride == CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD);
 static_assert(kPlain == CUBLASLT_EPILOGUE_DEFAULT && kBias == CUBLASLT_EPILOGUE_BIAS);
 static_assert(kGeluAux == CUBLASLT_EPILOGUE_GELU_AUX && kGeluAuxBias == CUBLASLT_EPILOGUE_GELU_AUX_BIAS);
-static_assert(kGeluGradient == CUBLASLT_EPILOGUE_DGELU && kGeluBiasGradient == CUBLASLT_EPILOGUE_DGELU_BGRAD);
-static_assert(kBiasGradientOfB == CUBLASLT_EPILOGUE_BGRADB);
+static_assert(kGeluGradient == CUBLASLT_EPILOGUE_DGELU);
 static_assert(kMaxWorkspace == CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES);
 static_assert(kReductionMask == CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK);
 static_assert(kMinAlignmentA == CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES);

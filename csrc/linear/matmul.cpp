@@ -46,11 +46,7 @@ uint32_t epilogue_of(const stdit_linear& layer) {
     case STDIT_LINEAR_FORWARD:
       return layer.gelu ? (layer.bias ? kGeluAuxBias : kGeluAux) : (layer.bias ? kBias : kPlain);
     case STDIT_LINEAR_INPUT_GRADIENT:
-      if (layer.gelu) return layer.bias ? kGeluBiasGradient : kGeluGradient;
-      if (!layer.bias) return kPlain;
-      break;
-    case STDIT_LINEAR_WEIGHT_GRADIENT:
-      if (!layer.gelu) return layer.bias ? kBiasGradientOfB : kPlain;
+      if (!layer.bias) return layer.gelu ? kGeluGradient : kPlain;
       break;
   }
   throw std::invalid_argument("linear: product " + std::to_string(layer.product) + " with gelu " +
@@ -136,12 +132,10 @@ class Matmul final : public LinearPlan {
       STDIT_LT(layout_create(&made, lt_values::kBfloat16, columns, count, static_cast<int64_t>(columns)));
     };
     const bool forward = layer_.product == STDIT_LINEAR_FORWARD;
-    const bool of_weight = layer_.product == STDIT_LINEAR_WEIGHT_GRADIENT;
-    layout(a_, in, of_weight ? rows : out);  // x, or the weight
-    layout(b_, forward ? in : out, rows);    // x, or dy
-    layout(d_, forward ? out : in, of_weight ? out : rows);
+    layout(a_, in, out);                   // the weight
+    layout(b_, forward ? in : out, rows);  // x, or dy
+    layout(d_, forward ? out : in, rows);
     set(lt_values::kTransposeA, forward ? lt_values::kTransposed : lt_values::kAsIs);
-    set(lt_values::kTransposeB, of_weight ? lt_values::kTransposed : lt_values::kAsIs);
     set(lt_values::kEpilogue, epilogue_);
     // The library looks at the addresses' alignment when it proposes an algorithm.
     const void* aligned = reinterpret_cast<const void*>(uintptr_t{kAlignment});

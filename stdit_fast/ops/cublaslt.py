@@ -57,28 +57,14 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, rank: int = 0) -> tu
     return y, hidden
 
 
-def gelu_input_gradient(
-    dy: Tensor, weight: Tensor, hidden: Tensor, *, bias: bool, rank: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """(dh, its sum over the rows if `bias`) with dh = (dy W) * gelu_tanh'(h).
+def gelu_input_gradient(dy: Tensor, weight: Tensor, hidden: Tensor, *, rank: int = 0) -> Tensor:
+    """(dy W) * gelu_tanh'(h), the gradient of linear(gelu(h)) in h.
 
-    dy [N, C_out], weight [C_out, C_in], hidden [N, C_in]: the gradient of linear(gelu(h)) and of the bias in h.
+    dy [N, C_out], weight [C_out, C_in], hidden: h [N, C_in].
     """
-    dh, dbias = torch.empty_like(hidden), hidden.new_empty(hidden.shape[1]) if bias else None
-    _run("LINEAR_INPUT_GRADIENT", dy.shape[0], weight.shape, dy, weight, dh, dbias, hidden, rank)
-    return dh, dbias
-
-
-def weight_gradient(dy: Tensor, x: Tensor, *, bias: bool, rank: int = 0) -> tuple[Tensor, Tensor | None]:
-    """(dy^T x, the sum of dy over the rows if `bias`) for dy [N, C_out] and x [N, C_in].
-
-    No op uses it: it is slower than a GEMM and a pass, and with few tiles and many rows (4,097 rows, 520 x 136) its
-    error was seen above twice bfloat16's rounding.
-    """
-    dweight = dy.new_empty(dy.shape[1], x.shape[1])
-    dbias = dy.new_empty(dy.shape[1]) if bias else None
-    _run("LINEAR_WEIGHT_GRADIENT", dy.shape[0], dweight.shape, dy, x, dweight, dbias, None, rank)
-    return dweight, dbias
+    dh = torch.empty_like(hidden)
+    _run("LINEAR_INPUT_GRADIENT", dy.shape[0], weight.shape, dy, weight, dh, None, hidden, rank)
+    return dh
 
 
 @functools.lru_cache(MAX_PLANS)

@@ -64,7 +64,7 @@ def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tenso
 def _input_gradient(dy: Tensor, weight: Tensor, hidden: Tensor) -> Tensor:
     dy = dy.contiguous()
     if cublaslt.serves(dy, weight, hidden):
-        return cublaslt.gelu_input_gradient(dy, weight, hidden, bias=False)[0]
+        return cublaslt.gelu_input_gradient(dy, weight, hidden)
     return kernels.backward(dy @ weight, hidden)[0]
 
 

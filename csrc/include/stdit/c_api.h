@@ -75,10 +75,9 @@ struct stdit_adamw_settings {
 // One GEMM of a linear layer y = x W^T + bias; x [rows, in_features], W [out_features, in_features], all contiguous
 // and bfloat16, at multiples of 16 bytes; features are multiples of 8.
 enum stdit_linear_product {
-  STDIT_LINEAR_FORWARD = 0,          // first x, second W, result y; bias: added; gelu: hidden written, y = gelu(hidden)
-  STDIT_LINEAR_INPUT_GRADIENT = 1,   // first dy, second W, result dx; gelu: dx times gelu'(hidden), x being
-                                     // gelu(hidden); bias, only with gelu: written, dx's sum over the rows
-  STDIT_LINEAR_WEIGHT_GRADIENT = 2,  // first dy, second x, result dW; bias: written, dy's sum over the rows
+  STDIT_LINEAR_FORWARD = 0,         // first x, second W, result y; bias: added; gelu: hidden written, y = gelu(hidden)
+  STDIT_LINEAR_INPUT_GRADIENT = 1,  // first dy, second W, result dx; no bias; gelu: dx times gelu'(hidden), x being
+                                    // gelu(hidden)
 };
 struct stdit_linear {
   int product;  // a stdit_linear_product

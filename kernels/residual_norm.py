@@ -26,6 +26,7 @@ TUNING: dict[str, int] = {}
 _MULTIPROCESSORS = 132  # of the largest Hopper GPU
 _START_ROWS = 6  # that a program's begin and end cost as much as: modulation, the first copies, partial sums
 _STAGE_BYTES = 2**14  # of each of up to four tensors, in shared memory
+ONES_COLUMNS = 8  # that u may have beyond its own: a one and zeros, so that rows stay at multiples of 16 bytes
 
 
 class Plan(NamedTuple):
@@ -137,12 +138,13 @@ def backward(
     scale: Tensor | None,
     groups: int,
     remake_u: bool,
+    ones: bool = False,
 ) -> Gradients:
     """The gradients from those of x_new and of u; either may be None.
 
     o is read where there is a gate, for its gradient. Without a norm (scale None), du is a second gradient of x_new.
     `remake_u` also returns u, which the gradient of a weight behind it needs, and which is cheaper to make again in
-    this pass than to keep.
+    this pass than to keep; with `ones` its rows are followed by ONES_COLUMNS values, a one and zeros.
     """
     like = du if du is not None else dx_new
     channels = like.shape[-1]
@@ -154,7 +156,8 @@ def backward(
     dx = torch.empty_like(like) if has_dx else None
     # Without a gate the branch's gradient is x's.
     d_o = torch.empty_like(like) if gate is not None else None
-    u = torch.empty_like(like) if remake_u else None
+    u_columns = channels + (ONES_COLUMNS if ones else 0)
+    u = like.new_empty(*like.shape[:-1], u_columns) if remake_u else None
     programs = groups * plan.chunks
     modulations = 2 * has_norm + (gate is not None)
     kinds = modulations + (bias is not None)
@@ -167,7 +170,7 @@ def backward(
             C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
             HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None,
             HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm, WRITE_DX=has_dx, REMAKE_U=remake_u,
-            num_warps=plan.warps, maxnreg=TUNING.get("backward_registers"),
+            U_COLUMNS=u_columns, num_warps=plan.warps, maxnreg=TUNING.get("backward_registers"),
         )  # fmt: skip
     dmodulation = dbias = None
     if modulations:
@@ -182,7 +185,8 @@ def column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum over the rows of x [N, C], in float32, rounded to `dtype`: [C]. The same bits every time."""
     count, channels = x.shape
     # The second pass has one program a column block, so its rows should be few; so should the programs of the first.
-    parts = max(1, min(cdiv(count, 32), TUNING.get("sum_parts", 128)))
+    most = TUNING.get("sum_parts", 128)
+    parts = 1 if count <= most else min(cdiv(count, 32), most)
     if parts > 1:
         x = sum_rows(x, torch.float32, parts)
     return sum_rows(x.view(1, -1, channels), dtype)[0]
@@ -334,6 +338,7 @@ def _residual_norm_backward(
     ROWS: tl.constexpr, STAGES: tl.constexpr,
     HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, WRITE_DX: tl.constexpr, REMAKE_U: tl.constexpr,
+    U_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = (program // chunks).to(tl.int64)
@@ -388,10 +393,15 @@ def _residual_norm_backward(
             if REMAKE_U:
                 # Read here, not held in registers through the walk: it lies in the L1 cache.
                 shift_a = _row(shift + group * shift_stride, a, a_in)[None, :]
-                tl.store(u + at_a, (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
+                u_row = u + token[:, None] * U_COLUMNS
+                tl.store(u_row + a[None, :], (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
                 if REST > 0:
                     shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
-                    tl.store(u + at_b, (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
+                    tl.store(u_row + b[None, :], (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
+                if U_COLUMNS > C:
+                    beyond = tl.arange(0, U_COLUMNS - C)
+                    one = tl.broadcast_to((beyond == 0).to(dtype)[None, :], [ROWS, U_COLUMNS - C])
+                    tl.store(u_row + (C + beyond)[None, :], one, mask=row_in[:, None])
             dshift_a += du_a
             dscale_a += du_a * hat_a
             du_a *= scale_a
@@ -474,7 +484,8 @@ def _residual_norm_backward(
 @triton.jit(do_not_specialize=["count", "size"])
 def _sum_rows(x, out, count, size, C, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr):
     blocks = tl.cdiv(C, WIDTH)
-    part = (tl.program_id(0) // blocks).to(tl.int64)
+    # The last rows first: those are in the L2 cache still where x was just written.
+    part = (tl.num_programs(0) // blocks - 1 - tl.program_id(0) // blocks).to(tl.int64)
     column = (tl.program_id(0) % blocks) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     end = tl.minimum((part + 1) * size, count)

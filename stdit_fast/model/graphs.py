@@ -9,6 +9,7 @@ begins. Gradients of parameters leave through one set of buffers for the same re
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -153,16 +154,32 @@ class _Graph:
         options = {"pool": graphs._pool, "stream": side, "capture_error_mode": "thread_local"}
         with torch.enable_grad(), torch.cuda.graph(self.forward_graph, **options):
             outs = self._forward(model)
-        with torch.cuda.graph(self.backward_graph, **options):
+        wanted = [leaf.data_ptr() for leaf in self.differentiated[len(inputs) :]]
+        places = dict(zip(wanted, graphs._gradients, strict=True))
+        with ops.weight_gradients_into(places), torch.cuda.graph(self.backward_graph, **options):
             grads = torch.autograd.grad(outs, self.differentiated, self.d_outs, allow_unused=True)
-            for buffer, grad in zip(graphs._gradients, grads[len(inputs) :], strict=True):
-                buffer.zero_() if grad is None else buffer.copy_(grad)
+            _copy(grads[len(inputs) :], graphs._gradients)
         self.outs = tuple(out.detach() for out in outs)
         self.input_gradients = grads[: len(inputs)]
 
     def _forward(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         args = (self.x, self.modulation, self.text, self.layout, self.rotation)
         return torch.func.functional_call(_Blocks(model), self._leaves, args)
+
+
+def _copy(gradients: Sequence[Tensor | None], buffers: list[Tensor]) -> None:
+    """Gradients into the buffers in which they do not lie already; zeros where there is none. In few launches."""
+    pairs = [(b, g) for b, g in zip(buffers, gradients, strict=True) if g is not None and g.data_ptr() != b.data_ptr()]
+    # One that lies otherwise, or has another dtype, would have all of them copied one by one.
+    alike = [(b, g) for b, g in pairs if g.stride() == b.stride() and g.dtype == b.dtype]
+    for b, g in pairs:
+        if g.stride() != b.stride() or g.dtype != b.dtype:
+            b.copy_(g)
+    if alike:
+        torch._foreach_copy_(*(list(side) for side in zip(*alike, strict=True)))
+    absent = [b for b, g in zip(buffers, gradients, strict=True) if g is None]
+    if absent:
+        torch._foreach_zero_(absent)
 
 
 class _Blocks(nn.Module):

@@ -8,6 +8,7 @@ from stdit_fast.ops.cross_attention import TextLayout, cross_attention, text_lay
 from stdit_fast.ops.gate_residual import gate_residual
 from stdit_fast.ops.gate_residual_layer_norm_modulate import gate_residual_layer_norm_modulate
 from stdit_fast.ops.layer_norm_modulate import layer_norm_modulate
+from stdit_fast.ops.linear import projection, weight_gradients_into
 from stdit_fast.ops.mlp import mlp, modulated_mlp
 from stdit_fast.ops.modulated_linear import gate_residual_linear, modulated_linear
 from stdit_fast.ops.patch_embed import patch_embed
@@ -45,11 +46,13 @@ __all__ = [
     "modulated_linear",
     "modulated_mlp",
     "patch_embed",
+    "projection",
     "rotation_table",
     "serving",
     "spatial_attention",
     "temporal_attention",
     "text_layout",
     "use_kernel",
+    "weight_gradients_into",
     "without_gradient",
 ]

@@ -153,7 +153,7 @@ class _ModulatedLinear(torch.autograd.Function):
             grads.dbias,
             grads.dshift,
             grads.dscale,
-            weight_gradient(dy, grads.u) if wants_weight else None,
+            weight_gradient(dy, grads.u, weight) if wants_weight else None,
             bias_gradient(dy) if ctx.needs_input_grad[7] else None,
             None,
         )
@@ -172,6 +172,6 @@ class _GateResidualLinear(torch.autograd.Function):
         x_new, o, gate, bias_o, weight = ctx.saved_tensors
         du = None if dy is None else dy @ weight
         grads = branch_backward(dx_new, du, None, None, (o, gate, bias_o), None, None)
-        dweight = weight_gradient(dy, x_new) if dy is not None and ctx.needs_input_grad[4] else None
+        dweight = weight_gradient(dy, x_new, weight) if dy is not None and ctx.needs_input_grad[4] else None
         dbias = bias_gradient(dy) if dy is not None and ctx.needs_input_grad[5] else None
         return grads.dx, grads.d_o, grads.dgate, grads.dbias, dweight, dbias

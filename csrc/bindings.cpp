@@ -97,18 +97,61 @@ class Attention {
     return bytes;
   }
   void backward(const Heads& d_o, const Heads& d_q, const Heads& d_k, const Heads& d_v, uintptr_t d_weights,
-                uintptr_t scratch, int device, uintptr_t stream) const {
+                uintptr_t scratch, int device, uintptr_t stream, uintptr_t d_sums) const {
     const stdit_attention_gradients gradients{heads_of(d_o),
                                               heads_of(d_q),
                                               heads_of(d_k),
                                               heads_of(d_v),
                                               reinterpret_cast<float*>(d_weights),
+                                              reinterpret_cast<float*>(d_sums),
                                               reinterpret_cast<void*>(scratch)};
     raise_if_failed(stdit_attention_backward(&call_, &gradients, device, reinterpret_cast<void*>(stream)));
   }
 
  private:
   stdit_attention call_;
+};
+
+// One call's tensors and sizes; see stdit_temporal in c_api.h.
+class Temporal {
+ public:
+  Temporal(uintptr_t qkv, int64_t batch_stride, int64_t frame_stride, int64_t position_stride, uintptr_t d_o,
+           uintptr_t d_qkv, uintptr_t q_weight, uintptr_t k_weight, int weight_dtype, uintptr_t rotation, int64_t batch,
+           int64_t positions, int frames, int heads, int head_dim, bool rotate_first, float epsilon)
+      : call_{reinterpret_cast<const void*>(qkv),
+              batch_stride,
+              frame_stride,
+              position_stride,
+              reinterpret_cast<const void*>(d_o),
+              reinterpret_cast<void*>(d_qkv),
+              reinterpret_cast<const void*>(q_weight),
+              reinterpret_cast<const void*>(k_weight),
+              weight_dtype,
+              reinterpret_cast<const float*>(rotation),
+              nullptr,
+              nullptr,
+              batch,
+              positions,
+              frames,
+              heads,
+              head_dim,
+              rotate_first,
+              epsilon} {}
+
+  int64_t parts(int device) const {
+    int64_t parts = 0;
+    raise_if_failed(stdit_temporal_parts(&call_, device, &parts));
+    return parts;
+  }
+  void backward(uintptr_t d_weights, uintptr_t d_sums, int device, uintptr_t stream) const {
+    stdit_temporal call = call_;
+    call.d_weights = reinterpret_cast<float*>(d_weights);
+    call.d_sums = reinterpret_cast<float*>(d_sums);
+    raise_if_failed(stdit_temporal_backward(&call, device, reinterpret_cast<void*>(stream)));
+  }
+
+ private:
+  stdit_temporal call_;
 };
 
 // How one GEMM of a linear layer runs on a device; see stdit_linear in c_api.h.
@@ -176,7 +219,17 @@ PYBIND11_MODULE(_C, m) {
       .def("backward_scratch", &Attention::backward_scratch, py::arg("device"))
       .def("backward", &Attention::backward, py::kw_only(), py::arg("d_o"), py::arg("d_q"), py::arg("d_k"),
            py::arg("d_v"), py::arg("d_weights"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
-           py::call_guard<py::gil_scoped_release>());
+           py::arg("d_sums") = 0, py::call_guard<py::gil_scoped_release>());
+  py::class_<Temporal>(m, "Temporal", "One call of temporal attention's backward pass.")
+      .def(py::init<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t,
+                    int64_t, int64_t, int, int, int, bool, float>(),
+           py::kw_only(), py::arg("qkv"), py::arg("batch_stride"), py::arg("frame_stride"), py::arg("position_stride"),
+           py::arg("d_o"), py::arg("d_qkv"), py::arg("q_weight"), py::arg("k_weight"), py::arg("weight_dtype"),
+           py::arg("rotation"), py::arg("batch"), py::arg("positions"), py::arg("frames"), py::arg("heads"),
+           py::arg("head_dim"), py::arg("rotate_first"), py::arg("epsilon"))
+      .def("parts", &Temporal::parts, py::arg("device"))
+      .def("backward", &Temporal::backward, py::kw_only(), py::arg("d_weights"), py::arg("d_sums"), py::arg("device"),
+           py::arg("stream"), py::call_guard<py::gil_scoped_release>());
   m.attr("LINEAR_FORWARD") = static_cast<int>(STDIT_LINEAR_FORWARD);
   m.attr("LINEAR_INPUT_GRADIENT") = static_cast<int>(STDIT_LINEAR_INPUT_GRADIENT);
   m.def("cublaslt_version", &cublaslt_version, "Of the cuBLASLt in this process, as 130200; raises where it has none.");

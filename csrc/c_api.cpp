@@ -10,6 +10,7 @@
 #include "stdit/device.h"
 #include "stdit/device_guard.h"
 #include "stdit/linear.h"
+#include "stdit/temporal.h"
 
 namespace {
 
@@ -77,6 +78,22 @@ int stdit_attention_backward(const stdit_attention* call, const stdit_attention_
     stdit::check_attention(*call, *gradients);
     const stdit::DeviceGuard guard(device);
     stdit::attention_backward(*call, *gradients, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_temporal_backward(const stdit_temporal* call, int device, void* stream) {
+  return guarded([&] {
+    stdit::check_temporal(*call);
+    const stdit::DeviceGuard guard(device);
+    stdit::temporal_backward(*call, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_temporal_parts(const stdit_temporal* call, int device, int64_t* parts) {
+  return guarded([&] {
+    stdit::check_temporal(*call);
+    const stdit::DeviceGuard guard(device);
+    *parts = stdit::temporal_parts(*call);
   });
 }
 

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernel_checks import DEVICE, check, dtypes, randn
+from kernel_checks import DEVICE, check, dtypes, randn, relative_error
 
-from stdit_fast import ops
+from stdit_fast import _cuda, ops
 from stdit_fast.kernels import temporal_attention as kernels
+from stdit_fast.ops import cuda_temporal
 from stdit_fast.ops.temporal_attention import _backward_op, _op, definition
 
 SHAPES = [  # B, T, S, H, D
@@ -21,12 +22,14 @@ if DEVICE == "cuda":
 
 
 def inputs(shape, norm=True, dtype=torch.float32):
+    """The bias is a part of qkv for its gradient's sake alone: its values change nothing."""
     batch, frames, positions, heads, head_dim = shape
     weights = {name: 1 + 0.3 * randn(head_dim, seed=i) if norm else None for i, name in enumerate(("q", "k"))}
     return dict(
         qkv=randn(batch, frames, positions, 3, heads, head_dim),
         q_weight=weights["q"],
         k_weight=weights["k"],
+        bias=0.5 * randn(3 * heads * head_dim, seed=2),
     )
 
 
@@ -110,15 +113,93 @@ def test_registered_ops():
     shape = (1, 3, 2, 2, 16)
     given = inputs(shape)
     rotation = table(shape)
-    leaves = [t.requires_grad_() for t in given.values()]
-    torch.library.opcheck(_op, (*leaves, rotation, False, 1e-6))
-    torch.library.opcheck(_op, (leaves[0], None, None, rotation, True, 1e-6))
+    *leaves, bias = [t.requires_grad_() for t in given.values()]
+    torch.library.opcheck(_op, (*leaves, rotation, False, 1e-6, bias))
+    torch.library.opcheck(_op, (leaves[0], None, None, rotation, True, 1e-6, None))
     detached = [t.detach() for t in leaves]
-    torch.library.opcheck(_backward_op, (randn(1, 3, 2, 32), *detached, rotation, False, 1e-6))
-    torch.library.opcheck(_backward_op, (randn(1, 3, 2, 32), detached[0], None, None, rotation, False, 1e-6))
+    torch.library.opcheck(_backward_op, (randn(1, 3, 2, 32), *detached, rotation, False, 1e-6, True))
+    torch.library.opcheck(_backward_op, (randn(1, 3, 2, 32), detached[0], None, None, rotation, False, 1e-6, False))
 
 
-def test_a_table_of_another_length_is_refused():
+def test_a_table_or_bias_of_another_length_is_refused():
     given = inputs((1, 3, 2, 2, 16))
     with pytest.raises(ValueError, match=r"rotation has shape \[4, 2, 8\], expected \[3, 2, 8\]"):
         ops.temporal_attention(**given, rotation=table((1, 4, 2, 2, 16)))
+    with pytest.raises(ValueError, match=r"bias has shape \[16\], expected \[96\]"):
+        ops.temporal_attention(**given | dict(bias=given["q_weight"]), rotation=table((1, 3, 2, 2, 16)))
+
+
+# ------------------------------------------------------------ the backward pass in CUDA
+
+ON_GPU, GPU_REASON = cuda_temporal.available(0) if DEVICE == "cuda" else (False, "no GPU")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason=GPU_REASON)
+
+
+@pytest.mark.skipif(not _cuda.built()[0], reason="no CUDA library")
+def test_what_the_library_refuses():
+    good = {
+        "qkv": 4096,
+        "batch_stride": 8,
+        "frame_stride": 8,
+        "position_stride": 8,
+        "d_o": 4096,
+        "d_qkv": 4096,
+        "q_weight": 4096,
+        "k_weight": 4096,
+        "weight_dtype": _cuda.library().FLOAT32,
+        "rotation": 4096,
+        "batch": 1,
+        "positions": 1,
+        "frames": 16,
+        "heads": 1,
+        "head_dim": 72,
+        "rotate_first": False,
+        "epsilon": 1e-6,
+    }
+    for change, match in (
+        ({"head_dim": 64}, "head dimension 64 and 16 frames, where 72 and at most 16 can be served"),
+        ({"frames": 17}, "head dimension 72 and 17 frames"),
+        ({"qkv": 4104}, "qkv is null or does not begin at a multiple of 16 bytes"),
+        ({"d_o": 0}, "d_o is null"),
+        ({"frame_stride": 12}, "a stride of qkv is 12 elements"),
+        ({"positions": 0}, "an empty dimension"),
+    ):
+        call = _cuda.library().Temporal(**good | change)
+        with pytest.raises(RuntimeError, match=match):
+            call.backward(d_weights=4096, d_sums=0, device=0, stream=0)
+
+
+@needs_gpu
+@pytest.mark.parametrize("rotate_first", [False, True], ids=["norm first", "rotate first"])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 1, 1, 72), (1, 2, 40, 16, 72), (2, 13, 150, 16, 72), (3, 16, 70, 16, 72)], ids=str
+)
+def test_backward_in_cuda(shape, rotate_first, monkeypatch):
+    """Warps with one position, with several and with none; clips that are shorter than a tile; memory full of NaN."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(float("nan")) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    given = inputs(shape)
+    assert not cuda_temporal.unserved(given["qkv"].bfloat16(), given["q_weight"], given["k_weight"])
+    held_against_the_definition(shape, torch.bfloat16, rotate_first=rotate_first)
+
+
+@needs_gpu
+def test_backward_in_cuda_of_strided_qkv_and_float32_weights():
+    wide = randn(2, 16, 9, 3, 2, 72, dtype=torch.bfloat16)
+    weights = [(1 + 0.3 * randn(72, seed=i)) for i in range(2)]
+    rotation, grad = table((1, 16, 9, 2, 72)), randn(2, 16, 4, 144, seed=7, dtype=torch.bfloat16)
+    here = wide[:, :, 1:5]
+    ours = cuda_temporal.backward(grad, here, *weights, rotation, False, 1e-6, True)
+    again = cuda_temporal.backward(grad, here.contiguous(), *weights, rotation, False, 1e-6, True)
+    for got, want in zip(ours, again, strict=True):
+        assert torch.equal(got, want)
+    leaves = [x.double().requires_grad_() for x in (here, *weights)]
+    want = torch.autograd.grad(definition(*leaves, rotation.double()), leaves, grad.double())
+    assert relative_error(ours[0], want[0]) < 5e-3
+    assert relative_error(ours[1], torch.stack(want[1:])) < 5e-3
+    assert relative_error(ours[2].sum(0), want[0].flatten(3).sum((0, 1, 2))) < 5e-3

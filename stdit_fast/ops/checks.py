@@ -27,13 +27,17 @@ def expect_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> None
     expect_shape(op, name, modulation, (batch, modulation.shape[1], channels))
 
 
-def expect_qkv(op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None) -> None:
-    """Raises ValueError unless qkv is [B, T, S, 3, H, D] with elements, and the weights, where given, [D]."""
+def expect_qkv(
+    op: str, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, bias: Tensor | None = None
+) -> None:
+    """Raises ValueError unless qkv is [B, T, S, 3, H, D] with elements; the weights, where given, [D]; bias [3*H*D]."""
     expect_shape(op, "qkv", qkv, ("B", "T", "S", 3, "H", "D"))
     expect_not_empty(op, "qkv", qkv)
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             expect_shape(op, name, weight, (qkv.shape[-1],))
+    if bias is not None:
+        expect_shape(op, "bias", bias, (qkv.shape[3:].numel(),))
 
 
 def expect_dtype(op: str, name: str, tensor: Tensor, x: Tensor) -> None:

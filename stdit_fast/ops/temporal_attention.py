@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 
 from stdit_fast.kernels import temporal_attention as kernels
-from stdit_fast.ops import library, registry
+from stdit_fast.kernels.residual_norm import column_sum
+from stdit_fast.ops import cuda_temporal, library, registry
 from stdit_fast.ops.checks import expect_qkv, expect_shape
 from stdit_fast.ops.library_attention import library_attention
+from stdit_fast.ops.linear import holding
 from stdit_fast.ops.rms_norm import rms_norm
-from stdit_fast.ops.spatial_attention import weight_gradients
+from stdit_fast.ops.spatial_attention import fake_bias_gradient, weight_gradients
 from stdit_fast.ops.temporal_attention_long import temporal_attention_long
 
 NAME = "temporal_attention"
@@ -18,7 +20,14 @@ def _serving() -> tuple[str, str]:
     implementation, reason = registry.triton_kernel()
     if implementation == registry.REFERENCE:
         return implementation, reason
-    return implementation, f"one pass to {kernels.MAX_FRAMES} frames, beyond with a library's attention; {reason}"
+    served = f"one pass to {kernels.MAX_FRAMES} frames, beyond with a library's attention; {reason}"
+    ours, why_not = cuda_temporal.available(torch.cuda.current_device())
+    if ours:
+        most = cuda_temporal.MOST_FRAMES
+        served += f"; backward to {most} frames in cuda, bf16 at head dimension {cuda_temporal.HEAD_DIM}"
+    else:
+        served += f"; no pass in cuda: {why_not}"
+    return implementation, served
 
 
 registry.declare(NAME, _serving)
@@ -47,6 +56,7 @@ def temporal_attention(
     *,
     rotate_first: bool = False,
     eps: float = 1e-6,
+    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Softmax attention over T with rotary position embedding (Su et al., 2021), position = frame index.
@@ -60,6 +70,8 @@ def temporal_attention(
         rotation: [T, 2, D/2], see `rotation_table`; it gets no gradient.
         rotate_first: rotate before normalising, as Open-Sora 1.1 did; new models normalise first.
         eps: of the RMSNorm.
+        bias: [3*H*D] of the linear layer that made qkv and holds it already, if its gradient is to be found here, where
+            it costs no pass of its own; that layer then gets `bias.detach()`.
         backend: see `registry.use_kernel`.
 
     Returns:
@@ -69,13 +81,13 @@ def temporal_attention(
         ValueError: a shape that does not fit, or an empty qkv.
         ConfigError: backend="fused" where that cannot be had.
     """
-    expect_qkv(NAME, qkv, q_weight, k_weight)
+    expect_qkv(NAME, qkv, q_weight, k_weight, bias)
     expect_shape(NAME, "rotation", rotation, (qkv.shape[1], 2, qkv.shape[-1] // 2))
     if not registry.use_kernel(NAME, backend, qkv, qkv.shape[-1]):
-        return definition(qkv, q_weight, k_weight, rotation, rotate_first, eps)
+        return definition(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)
     if qkv.shape[1] > kernels.max_frames(qkv.dtype, qkv.shape[-1]):
-        return temporal_attention_long(qkv, q_weight, k_weight, rotation, rotate_first, eps)
-    return _op(qkv, q_weight, k_weight, rotation, rotate_first, eps)
+        return temporal_attention_long(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)
+    return _op(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)
 
 
 def definition(
@@ -85,7 +97,9 @@ def definition(
     rotation: Tensor,
     rotate_first: bool = False,
     eps: float = 1e-6,
+    bias: Tensor | None = None,
 ) -> Tensor:
+    qkv = holding(qkv, bias, 3)
     q, k, v = qkv.permute(3, 0, 2, 4, 1, 5).unbind(0)  # each [B, S, H, T, D]
     if rotate_first:
         q, k = rms_norm(rotate(q, rotation), q_weight, eps), rms_norm(rotate(k, rotation), k_weight, eps)
@@ -111,47 +125,62 @@ def _readable(qkv: Tensor) -> Tensor:
     return qkv if kernels.readable(qkv) else qkv.contiguous()
 
 
-def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps):
+def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
     if qkv.shape[1] == 1:  # softmax over one key
         return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3)
     return kernels.forward(_readable(qkv), q_weight, k_weight, rotation.float().contiguous(), rotate_first, eps)
 
 
-def _backward(d_o, qkv, q_weight, k_weight, rotation, rotate_first, eps):
-    if qkv.shape[1] == 1:
-        dqkv = qkv.new_zeros(qkv.shape)
-        dqkv.select(3, 2).copy_(d_o.unflatten(3, qkv.shape[4:]))
-        return dqkv, qkv.new_zeros((2, qkv.shape[-1]))
+def _backward(d_o, qkv, q_weight, k_weight, rotation, rotate_first, eps, wants_bias):
     rotation = rotation.float().contiguous()
-    return kernels.backward(d_o, _readable(qkv), q_weight, k_weight, rotation, rotate_first, eps)
+    sums = None
+    if qkv.shape[1] == 1:
+        dqkv, d_weights = qkv.new_zeros(qkv.shape), qkv.new_zeros((2, qkv.shape[-1]))
+        dqkv.select(3, 2).copy_(d_o.unflatten(3, qkv.shape[4:]))
+    elif cuda_temporal.unserved(qkv, q_weight, k_weight):
+        # Sums inside, over 16 frames each, were tried: with 16 frames they cost as much as the pass.
+        dqkv, d_weights = kernels.backward(d_o, _readable(qkv), q_weight, k_weight, rotation, rotate_first, eps)
+    else:
+        dqkv, d_weights, sums = cuda_temporal.backward(
+            d_o, _readable(qkv), q_weight, k_weight, rotation, rotate_first, eps, wants_bias
+        )
+    if not wants_bias:
+        return dqkv, d_weights, qkv.new_empty(0)
+    return dqkv, d_weights, column_sum(dqkv.flatten(3).flatten(0, 2) if sums is None else sums, qkv.dtype)
 
 
 _op = library.define(
-    "temporal_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, bool rotate_first, float eps) "
-    "-> Tensor",
+    "temporal_attention(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, bool rotate_first, float eps, "
+    "Tensor? bias) -> Tensor",
     _forward,
     lambda qkv, *_: qkv.new_empty(*qkv.shape[:3], qkv.shape[4] * qkv.shape[5]),
 )
 _backward_op = library.define(
     "temporal_attention_backward(Tensor d_o, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, "
-    "bool rotate_first, float eps) -> (Tensor dqkv, Tensor d_weights)",
+    "bool rotate_first, float eps, bool wants_bias) -> (Tensor dqkv, Tensor d_weights, Tensor d_bias)",
     _backward,
-    lambda d_o, qkv, *_: (qkv.new_empty(qkv.shape), qkv.new_empty((2, qkv.shape[-1]))),
+    lambda d_o, qkv, q_weight, k_weight, rotation, rotate_first, eps, wants_bias: (
+        qkv.new_empty(qkv.shape),
+        qkv.new_empty((2, qkv.shape[-1])),
+        fake_bias_gradient(qkv, wants_bias),
+    ),
 )
 
 
 class _TemporalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, rotation, rotate_first, eps):
+    def forward(ctx, qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
         ctx.save_for_backward(qkv, q_weight, k_weight, rotation)
         ctx.options = rotate_first, eps
-        return library.below_autograd(_op, qkv, q_weight, k_weight, rotation, rotate_first, eps)
+        return library.below_autograd(_op, qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)
 
     @staticmethod
     def backward(ctx, d_o):
         qkv, q_weight, k_weight, rotation = ctx.saved_tensors
-        dqkv, d_weights = _backward_op(d_o, qkv, q_weight, k_weight, rotation, *ctx.options)
-        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, None, None
+        wants_bias = ctx.needs_input_grad[6]
+        dqkv, d_weights, d_bias = _backward_op(d_o, qkv, q_weight, k_weight, rotation, *ctx.options, wants_bias)
+        d_bias = d_bias if wants_bias else None
+        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, None, None, d_bias
 
 
 library.differentiable(_op, _TemporalAttention)

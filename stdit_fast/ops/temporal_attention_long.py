@@ -9,6 +9,7 @@ from torch import Tensor
 from stdit_fast.kernels import qk_norm
 from stdit_fast.ops import library
 from stdit_fast.ops.library_attention import attention_backward, attention_forward
+from stdit_fast.ops.linear import bias_gradient
 from stdit_fast.ops.spatial_attention import fake_weight_gradients, readable, weight_gradients
 
 NAME = "temporal_attention_long"
@@ -21,6 +22,7 @@ def temporal_attention_long(
     rotation: Tensor,
     rotate_first: bool,
     eps: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over T of q and k that are normalised and turned, at each position.
 
@@ -35,14 +37,15 @@ def temporal_attention_long(
         rotation: [T, 2, D/2] float32, cosine and sine of the angle of each pair of neighbouring channels.
         rotate_first: rotate before normalising.
         eps: of the RMSNorm.
+        bias: [3*H*D], held by qkv, if its gradient is to be found here (a pass).
 
     Returns:
         [B, T, S, H*D] in qkv's dtype.
     """
-    return _op(qkv, q_weight, k_weight, rotation, rotate_first, eps)[0]
+    return _op(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)[0]
 
 
-def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps):
+def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
     batch, frames, positions, _, heads, head_dim = qkv.shape
     if frames == 1:  # softmax over one key
         lse = qkv.new_zeros((batch, positions * heads, 1), dtype=torch.float32)
@@ -83,7 +86,7 @@ def _as_heads(x: Tensor) -> Tensor:
     return x.flatten(2, 3).transpose(1, 2)
 
 
-def _fake_forward(qkv, q_weight, k_weight, rotation, rotate_first, eps):
+def _fake_forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
     batch, frames, positions, _, heads, head_dim = qkv.shape
     lse = qkv.new_empty((batch, positions * heads, frames), dtype=torch.float32)
     return qkv.new_empty((batch, frames, positions, heads * head_dim)), lse
@@ -94,8 +97,8 @@ def _fake_backward(d_o, qkv, q_weight, k_weight, rotation, o, lse, rotate_first,
 
 
 _op = library.define(
-    f"{NAME}(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, bool rotate_first, float eps) "
-    "-> (Tensor o, Tensor lse)",
+    f"{NAME}(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor rotation, bool rotate_first, float eps, "
+    "Tensor? bias) -> (Tensor o, Tensor lse)",
     _forward,
     _fake_forward,
 )
@@ -109,8 +112,8 @@ _backward_op = library.define(
 
 class _TemporalAttentionLong(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, rotation, rotate_first, eps):
-        o, lse = library.below_autograd(_op, qkv, q_weight, k_weight, rotation, rotate_first, eps)
+    def forward(ctx, qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
+        o, lse = library.below_autograd(_op, qkv, q_weight, k_weight, rotation, rotate_first, eps, bias)
         ctx.save_for_backward(qkv, q_weight, k_weight, rotation, o, lse)
         ctx.settings = rotate_first, eps
         ctx.mark_non_differentiable(lse)
@@ -120,10 +123,11 @@ class _TemporalAttentionLong(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_o, _):
         if d_o is None:
-            return (None,) * 6
+            return (None,) * 7
         qkv, q_weight, k_weight, rotation, o, lse = ctx.saved_tensors
         dqkv, d_weights = _backward_op(d_o, qkv, q_weight, k_weight, rotation, o, lse, *ctx.settings)
-        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, None, None
+        d_bias = bias_gradient(dqkv.flatten(3)) if ctx.needs_input_grad[6] else None
+        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, None, None, d_bias
 
 
 library.differentiable(_op, _TemporalAttentionLong)

@@ -43,7 +43,30 @@ struct stdit_attention {
 struct stdit_attention_gradients {
   struct stdit_heads d_o, d_q, d_k, d_v;
   float* d_weights;  // [2, head_dim]: of q_weight and of k_weight
+  // Sums of d_q, d_k and d_v over 16 rows each, [sequences, ceil(queries / 16), 3, heads, head_dim], unrounded; null:
+  // not asked for. Of as many queries as keys; with packed keys of d_q alone, [sequences, ceil(queries / 16), heads,
+  // head_dim].
+  float* d_sums;
   void* scratch;     // stdit_attention_backward_scratch() bytes, a multiple of 256 as address
+};
+
+// Attention over the frames at each position: RMSNorm of q and k, then rotation of neighbouring channels, or the other
+// way round. qkv [batch, frames, positions, 3, heads, head_dim], bfloat16, the last three axes contiguous; strides in
+// elements. d_o [batch, frames, positions, heads, head_dim] is contiguous, and so is the gradient of qkv.
+struct stdit_temporal {
+  const void* qkv;
+  int64_t batch_stride, frame_stride, position_stride;
+  const void* d_o;
+  void* d_qkv;
+  const void *q_weight, *k_weight;  // [head_dim], of one stdit_dtype
+  int weight_dtype;
+  const float* rotation;  // [frames, 2, head_dim / 2]: cosines, sines
+  float* d_weights;       // [parts * heads, 2, head_dim]: to be summed over the first axis; `parts` is asked for
+  float* d_sums;          // [parts, 3, heads, head_dim]: likewise, of d_qkv over all tokens; null: not asked for
+  int64_t batch, positions;
+  int frames, heads, head_dim;
+  int rotate_first;
+  float epsilon;
 };
 
 // Elements of a tensor that one block works on.
@@ -124,6 +147,12 @@ STDIT_API int stdit_attention_backward(const struct stdit_attention* call,
 
 // Bytes of scratch memory that the backward pass needs on that device, in *bytes.
 STDIT_API int stdit_attention_backward_scratch(const struct stdit_attention* call, int device, int64_t* bytes);
+
+// Temporal attention's backward pass. Repeats bit for bit.
+STDIT_API int stdit_temporal_backward(const struct stdit_temporal* call, int device, void* stream);
+
+// How many parts of d_weights and d_sums it writes on that device, in *parts.
+STDIT_API int stdit_temporal_parts(const struct stdit_temporal* call, int device, int64_t* parts);
 
 // The version of the cuBLASLt that this process has loaded, as 130200; fails where it has none.
 STDIT_API int stdit_cublaslt_version(int64_t* version);

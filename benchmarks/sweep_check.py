@@ -6,8 +6,8 @@ A round is one step of each bucket, in a random order: what one bucket leaves be
 one meets. Batches are random, of the aspect ratio with the most tokens and with full captions; everything else is
 training: plugin, optimizer, average, and the encoders where the table has them (of real size, random weights). With
 `--original` the config's own batch sizes run too. Printed are the step times, their spread over buckets and how often
-memory ran out. `--metrics FOLDER` keeps the trainer's own lines of the steps that count, TABLE.jsonl, for
-`plan --check`.
+memory ran out. `--metrics FOLDER` keeps the trainer's own line of every step, TABLE.jsonl, for `plan --check`.
+`--memory-gib` holds it to a smaller GPU's memory.
 """
 
 import argparse
@@ -122,7 +122,7 @@ def check(
     """Seconds of each step after the first `warmup` of a bucket, and the highest peak in GiB, of each shape.
 
     Args:
-        metrics: file to which the trainer's own numbers of these steps are appended.
+        metrics: file to which the trainer's own numbers of every step are appended.
         limit: seconds after which no step begins. Buckets that had none but warming steps then have the last of these,
             and those that had none at all are left out.
     """
@@ -137,8 +137,8 @@ def check(
         text = text.pin_memory() if on_gpu else text
     seconds, peaks, order, batches = defaultdict(list), defaultdict(float), random.Random(seed), {}
     began = time.perf_counter()
-    for number in range(rounds + warmup):
-        trainer.metrics = StepLines(metrics) if metrics is not None and number >= warmup else None
+    trainer.metrics = None if metrics is None else StepLines(metrics)
+    for _ in range(rounds + warmup):
         for shape in order.sample(shapes, len(shapes)):
             if time.perf_counter() - began > limit:
                 break
@@ -214,6 +214,7 @@ def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTab
                 "checkpointed": bucket.checkpointed,
                 "table_seconds": None if table is None else bucket.seconds,
                 "steps_of_all": steps,
+                "memory_gib": args.memory_gib,
             }
             record.notes["out_of_memory_of_all"] = trainer.pieces.count - before
             records.append(record)
@@ -230,6 +231,7 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
     parser.add_argument("--rounds", type=int, default=3, help="steps of each bucket that count")
     parser.add_argument("--warm-up", type=int, default=WARMUP, help="steps of each bucket before them")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of each table at most")
+    parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
     parser.add_argument("--original", action="store_true", help="run the configs' own batch sizes too, one round")
     parser.add_argument("--metrics", type=Path, help="folder for the trainer's lines of each table's steps")
     parser.add_argument("--out", help="results file to append to")
@@ -244,6 +246,9 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
         missing = table.missing((s.resolution, s.frames) for s in worst_shapes(config))
         if missing:
             raise ConfigError("--table", str(table.path), f"it does not know {', '.join(missing)}")
+    if args.memory_gib and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), 0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(configs[0], Path(folder), tables[0].encoders)
         ready()

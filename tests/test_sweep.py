@@ -366,12 +366,14 @@ def test_tables_are_checked_by_the_trainer_itself(tmp_path, monkeypatch):
     trainer = sweep_check.build_trainer(config, tmp_path, encoders=False)
     found = sweep_check.check(trainer, shapes, buckets, rounds=2, warmup=1, metrics=tmp_path / "m.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert len(lines) == 2 * len(shapes) and len({line["bucket"] for line in lines}) == len(shapes)
+    assert len(lines) == 3 * len(shapes) and len({line["bucket"] for line in lines}) == len(shapes)
     assert all(line["step_seconds"] > 0 and line["out_of_memory"] == 0 for line in lines)
     assert set(found) == set(shapes) and all(len(s) == 2 and min(s) > 0 for s, _ in found.values())
     assert trainer.step == 3 * len(shapes) and trainer.pieces.count == 0 and trainer.skipped == 0
     assert trainer.state.model.last_checkpointed == 1, "the table's blocks are recomputed"
-    args = SimpleNamespace(rounds=1, warm_up=0, metrics=None, seconds=math.inf, out=str(tmp_path / "check.jsonl"))
+    args = SimpleNamespace(
+        rounds=1, warm_up=0, metrics=None, seconds=math.inf, memory_gib=None, out=str(tmp_path / "check.jsonl")
+    )
     table = bucket_tables.BucketTable("cpu", 1.0, 1, False, 0.1, {}, 8, entries)
     sweep_check.run_table(trainer, "tiny", config, table, args)
     sweep_check.run_table(trainer, "tiny original sizes", config, None, args)

@@ -2,7 +2,7 @@
 
     python -m stdit_fast.benchmarks.sweep --config train/configs/stage2.yaml
 
-so that all buckets take about the same time a step, and none can run out of memory. A few probes fit a model of time
+so that all buckets take about the same time a step, and each fits into memory. A few probes fit a model of time
 and memory (`sweep_model`); a step time is chosen from it, or given; every bucket is then measured at its size, and the
 size corrected by what was measured. It is sized for the worst case: the aspect ratio with the most tokens, full
 captions, autoencoder and text encoder where the config has them (measured by themselves, and added), optimizer,

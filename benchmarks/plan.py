@@ -369,8 +369,8 @@ def _communication(rows: list[Row], args: argparse.Namespace) -> list[str]:
         f"communication, modelled: {size:.2f} GB of bfloat16 gradients and as much of weights, {where}",
         f"  reduce-scatter {one.show(1)} ms, all-gather the same, an all-reduce both; measured on two H100s by NVLink: "
         "all-reduce 4.6 ms",
-        f"  a step waits {exposed[False].times(1e3).show(1)} ms, as training sends gradients when the backward pass is "
-        f"over; {exposed[True].times(1e3).show(1)} ms if they went during it",
+        f"  a step waits {exposed[False].times(1e3).show(1)} ms, as gradients travel after the backward pass, "
+        f"weights before the next; with overlap_communication {exposed[True].times(1e3).show(1)} ms, if nothing slows",
     ]
 
 

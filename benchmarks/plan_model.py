@@ -11,6 +11,7 @@ from stdit_fast.train.buckets import Buckets
 PARAMETERS = 767_000_000
 BYTES = 2  # of a bfloat16 value
 BACKWARD = 2 / 3  # of a step, as its operations are
+OUTSIDE = 0.128  # of the values: complete after all blocks' backward passes, and needed before their forward passes
 ENCODING_ERROR = 0.05
 # A given bandwidth is what the network is sold with: NCCL reached most of it, or half.
 REACHED = Interval(1.0, 0.8, 0.5)  # in the order of the times: the fastest first
@@ -70,7 +71,8 @@ class Network:
         inside: bytes a second that a GPU sends to those of its node, as NCCL's bus bandwidth.
         across: bytes a second that a GPU sends to other nodes.
         per_node: GPUs of a node.
-        overlapped: whether gradients travel during the backward pass; training sends them after it.
+        overlapped: whether gradients travel during the backward pass, and weights during the next forward pass, as
+            training's overlap_communication says.
     """
 
     inside: float = 335e9
@@ -88,12 +90,15 @@ class Network:
         return Interval(*(sent / (self.across * reached) for reached in REACHED))
 
     def exposed_seconds(self, gpus: int, step: Interval) -> Interval:
-        """What a step waits for: what of the gradients the backward pass does not hide, and the weights."""
+        """What a step waits for: what of gradients and weights the passes do not hide."""
         one = self.pass_seconds(gpus)
-        hidden = [BACKWARD * s if self.overlapped else 0.0 for s in step]
-        gradients = [max(0.0, a - b) for a, b in zip(one, hidden, strict=True)]
-        gradients[2] = one.high  # at worst nothing is hidden
-        return Interval(*gradients).plus(one)
+        if not self.overlapped:
+            return one.plus(one)
+        seen = [0.0, 0.0, 2 * one.high]  # at worst nothing is hidden
+        for share in (BACKWARD, 1 - BACKWARD):
+            for i, (alone, whole) in enumerate(zip(one[:2], step[:2], strict=True)):
+                seen[i] += max(OUTSIDE * alone, alone - share * whole)
+        return Interval(*seen)
 
 
 def expected_slowest(seconds: np.ndarray, share: np.ndarray, ranks: int) -> float:

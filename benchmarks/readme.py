@@ -209,7 +209,8 @@ def scaling_table(path: Path) -> str:
     rows = ["| what | GPUs | ms (low to high) | tokens/s a GPU | of as many alone |", "| --- " * 5 + "|"]
     records = list(latest(path).values())
     for r in records:
-        if r["impl"].endswith(" alone") and "rank" in r["impl"] or r["impl"] == "1 GPU":
+        alone = r["impl"] == "1 GPU" or r["impl"].startswith("rank ")
+        if alone or "communication_share" in r["notes"]:  # a trace's
             continue
         rate, together = r["notes"].get("tokens_per_second_and_gpu"), _of_alone(r, records)
         spread = f"{r['ms']:.1f} ({r['ms_low']:.1f} to {r['ms_high']:.1f})"
@@ -219,7 +220,7 @@ def scaling_table(path: Path) -> str:
 
 
 def _of_alone(r: dict, records: list[dict]) -> float | None:
-    """How much of what its GPUs do alone a record's do together; None: it is of a part of a step, or of a trace."""
+    """How much of what its GPUs do alone a record's do together; None: it is of a part of a step."""
     gpus = int(r["impl"].split()[0])
     if "depth" not in r["notes"]:
         return None
@@ -303,6 +304,7 @@ def tables() -> dict[str, str]:
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "loading h100": loading_table(h100 / "loading.jsonl"),
         "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
+        "scaling h200": scaling_table(results / "scaling.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
         "plan h100": plan_table(),
     }

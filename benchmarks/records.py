@@ -77,7 +77,7 @@ class Record:
 
 
 # Options that name what is written; where that lay is no part of how to repeat it.
-WRITTEN = ("--out", "--records", "--benchmark-json")
+WRITTEN = ("--out", "--records", "--benchmark-json", "--trace")
 
 
 def command_line() -> str:

@@ -9,7 +9,7 @@ inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, f
 
 - mix: the buckets of a training configuration as its sampler deals them, of an assumed set of videos and images. One
   process trains the batches that would be rank R's of N: its work in the run of N ranks, with nobody to wait for. N
-  do it twice: gradients and weights travel while they compute, or after it.
+  do it twice: gradients and weights travel after they have computed, or meanwhile (overlap_communication).
 - long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
   alone.
 - With --trace, one step of either is profiled, from which follows how long communication runs alone.
@@ -47,7 +47,7 @@ FRAMES_A_RANK = 16
 SAMPLED_FRAMES = 64
 STEPS = {"mix": 12, "long": 5, "sample": 3}
 ROUNDS = 2  # over the mix's steps
-AFTERWARDS = ", communication after computation"
+OVERLAPPING = ", communication overlapping"
 WARMUP = {"mix": 1, "long": 2, "sample": 1}  # rounds of the mix's steps; steps of the others
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
 SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
@@ -243,8 +243,8 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
     together = processes.world_size > 1
     steps = [Step(buckets[r.bucket], r.parts, r.part) for r in requests]
     for _ in range(WARMUP["mix"]):  # the same steps: everything is compiled, and memory is where it will be
-        training.run(steps, overlaps=True)
-    seen: dict[bool, list[Timed]] = {True: [], False: []} if together else {True: []}
+        training.run(steps, overlaps=args.overlap[0])
+    seen: dict[bool, list[Timed]] = {overlaps: [] for overlaps in (args.overlap if together else (False,))}
     for _ in range(ROUNDS):
         for overlaps, own in seen.items():
             own += training.run(steps, overlaps)
@@ -262,8 +262,9 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
         rates = [sum(step.tokens for step in rank) / s for rank, s in zip(everyone, seconds, strict=True)]
         notes = {"tokens_per_second_and_gpu": round(sum(rates) / len(rates)), **shared_notes}
         impl = f"{ranks} GPUs" if together else f"rank {rank} of {ranks} alone"
-        if not overlaps:
-            impl += AFTERWARDS
+        if overlaps:
+            impl += OVERLAPPING
+        elif together:
             slowest = [max(step.passes for step in of_all) for of_all in zip(*everyone, strict=True)]
             waited = [sum(slowest) - sum(step.passes for step in rank) for rank in everyone]
             notes["waiting_share"] = round(sum(waited) / sum(seconds), 4)
@@ -274,6 +275,7 @@ def mix(processes: Processes, config: TrainConfig, args: argparse.Namespace) -> 
         yield from training.communication_alone()
         if args.trace:
             request, path = requests[-1], Path(f"{args.trace}-mix.json")
+            training.optimizer.overlaps = args.overlap[0]
             yield trace(training, buckets[request.bucket], request.parts, request.part, path)
 
 
@@ -295,14 +297,16 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
     default, warmup = sequence.TOKENS_FOR_TWO_CHUNKS, WARMUP["long"]
     alone = training.reserve_alone()
-    variants = {"": (default, True, alone)}
+    variants = {"": (default, False, alone)}
     if parts > 1:
         variants |= {
-            AFTERWARDS: (default, False, alone),
-            ", in one chunk": (2**62, True, alone),
-            ", recomputing as little as fits": (default, True, None),  # of which the trace is
+            OVERLAPPING: (default, True, alone),
+            ", in one chunk": (2**62, False, alone),
+            ", recomputing as little as fits": (default, False, None),
         }
     for name, (threshold, overlaps, reserve) in variants.items():
+        if parts > 1 and overlaps not in args.overlap:
+            continue
         sequence.TOKENS_FOR_TWO_CHUNKS = threshold
         step = Step(bucket, parts, processes.rank, reserve)
         training.run([step] * warmup, overlaps)
@@ -322,6 +326,7 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     if parts > 1:
         yield all_to_all_alone(training, bucket, case)
         if args.trace:
+            sequence.TOKENS_FOR_TWO_CHUNKS, training.optimizer.overlaps = default, args.overlap[0]
             yield trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long.json"))
 
 
@@ -384,6 +389,7 @@ def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path)
         "communication_alone_share": round((either - busy["computation"]) / whole, 4),
         "bucket": bucket.name,
         "sequence_parallel": parts,
+        "overlaps": training.optimizer.overlaps,
     }
     impl = f"{training.processes.world_size} GPUs, one of them traced"
     return Record.of_times("scaling", path.stem, impl, [whole], notes=notes)
@@ -452,9 +458,13 @@ def main() -> int:
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--height", type=int, default=LONG["height"])
     parser.add_argument("--width", type=int, default=LONG["width"])
+    parser.add_argument(
+        "--overlap", choices=["both", "yes", "no"], default="both", help="communication and computation"
+    )
     parser.add_argument("--trace", help="intervals of one step's kernels go to TRACE-mix.json, TRACE-long.json")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
+    args.overlap = {"both": (False, True), "yes": (True,), "no": (False,)}[args.overlap]
     processes = launch(seed=0)
     if args.trace and processes.device.type != "cuda":
         raise SystemExit("--trace: there is no GPU whose kernels could be traced")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -564,9 +565,10 @@ def test_two_gpus_train_like_one(table, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return losses(tmp_path / outputs)
 
-    one = go("one", 1, steps=6, grad_accumulation=2)
-    two = go("two", 2, steps=6)
-    early = go("early", 2, steps=6, overlap_communication="true")
+    runs = {"one": (1, {"grad_accumulation": 2}), "two": (2, {}), "early": (2, {"overlap_communication": "true"})}
+    with ThreadPoolExecutor() as pool:
+        begun = [pool.submit(go, name, processes, steps=6, **more) for name, (processes, more) in runs.items()]
+    one, two, early = (run.result() for run in begun)
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
     resumed = go("two", 1, steps=6, grad_accumulation=2)
     for name, other in (("two", two), ("early", early), ("resumed", resumed)):

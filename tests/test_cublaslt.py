@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernel_checks import DEVICE, relative_error
 
 from stdit_fast import _cuda
-from stdit_fast.ops import cublaslt
+from stdit_fast.ops import cublaslt, linear
 from stdit_fast.ops.linear import transpose_op, weight_gradient, weight_gradients_into
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,6 +101,32 @@ def test_a_weight_gradient_is_made_in_its_place_once():
     torch.testing.assert_close(again, 2 * want)
     torch.testing.assert_close(place, want)
     assert weight_gradient(dy, x, weight).data_ptr() != place.data_ptr()
+
+
+def test_rows_that_the_library_might_lose_are_added_by_themselves(monkeypatch):
+    risks = [linear._rows_at_risk(rows, 1152**2) for rows in (1985, 2049, 2063, 2064, 2112, 2113)]
+    assert risks == [0, 1, 15, 0, 0, 1] and linear._rows_at_risk(2049, 3456 * 1152) == 0
+    products = []
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args, f=torch.Tensor.addmm_: products.append(1) or f(*args))
+    for rows, expected in ((2051, 1), (2100, 0)):
+        dy, x, weight = torch.randn(1, rows, 3).double(), torch.randn(1, rows, 2).double(), torch.randn(3, 2).double()
+        place, want = torch.full_like(weight, torch.nan), torch.einsum("ano,ani->oi", dy, x)
+        torch.testing.assert_close(weight_gradient(dy, x, weight), want)
+        with weight_gradients_into({weight.data_ptr(): place}):
+            assert weight_gradient(dy, x, weight).data_ptr() == place.data_ptr()
+        torch.testing.assert_close(place, want)
+        assert len(products) == 2 * expected
+        products.clear()
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows, out", [(2561, 32), (4034, 32), (26_882, 1152), (76_610, 1152), (82_945, 2304)])
+def test_no_row_of_a_weight_gradient_is_lost(rows, out):
+    """Row counts of which cuBLASLt 13.1 loses the last."""
+    dy, x = randn(rows, out), randn(rows, 1152)
+    dy[:-8] = 0
+    want = dy[-8:].double().t() @ x[-8:].double()
+    assert relative_error(weight_gradient(dy, x, dy.new_empty(out, 1152)), want) < 4e-3
 
 
 def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:

@@ -97,13 +97,12 @@ class Attention {
     return bytes;
   }
   void backward(const Heads& d_o, const Heads& d_q, const Heads& d_k, const Heads& d_v, uintptr_t d_weights,
-                uintptr_t scratch, int device, uintptr_t stream, uintptr_t d_sums) const {
+                uintptr_t scratch, int device, uintptr_t stream) const {
     const stdit_attention_gradients gradients{heads_of(d_o),
                                               heads_of(d_q),
                                               heads_of(d_k),
                                               heads_of(d_v),
                                               reinterpret_cast<float*>(d_weights),
-                                              reinterpret_cast<float*>(d_sums),
                                               reinterpret_cast<void*>(scratch)};
     raise_if_failed(stdit_attention_backward(&call_, &gradients, device, reinterpret_cast<void*>(stream)));
   }
@@ -219,7 +218,7 @@ PYBIND11_MODULE(_C, m) {
       .def("backward_scratch", &Attention::backward_scratch, py::arg("device"))
       .def("backward", &Attention::backward, py::kw_only(), py::arg("d_o"), py::arg("d_q"), py::arg("d_k"),
            py::arg("d_v"), py::arg("d_weights"), py::arg("scratch"), py::arg("device"), py::arg("stream"),
-           py::arg("d_sums") = 0, py::call_guard<py::gil_scoped_release>());
+           py::call_guard<py::gil_scoped_release>());
   py::class_<Temporal>(m, "Temporal", "One call of temporal attention's backward pass.")
       .def(py::init<uintptr_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int, uintptr_t,
                     int64_t, int64_t, int, int, int, bool, float>(),

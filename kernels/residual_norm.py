@@ -26,7 +26,6 @@ TUNING: dict[str, int] = {}
 _MULTIPROCESSORS = 132  # of the largest Hopper GPU
 _START_ROWS = 6  # that a program's begin and end cost as much as: modulation, the first copies, partial sums
 _STAGE_BYTES = 2**14  # of each of up to four tensors, in shared memory
-ONES_COLUMNS = 8  # that u may have beyond its own: a one and zeros, so that rows stay at multiples of 16 bytes
 
 
 class Plan(NamedTuple):
@@ -138,13 +137,12 @@ def backward(
     scale: Tensor | None,
     groups: int,
     remake_u: bool,
-    ones: bool = False,
 ) -> Gradients:
     """The gradients from those of x_new and of u; either may be None.
 
     o is read where there is a gate, for its gradient. Without a norm (scale None), du is a second gradient of x_new.
     `remake_u` also returns u, which the gradient of a weight behind it needs, and which is cheaper to make again in
-    this pass than to keep; with `ones` its rows are followed by ONES_COLUMNS values, a one and zeros.
+    this pass than to keep.
     """
     like = du if du is not None else dx_new
     channels = like.shape[-1]
@@ -156,8 +154,7 @@ def backward(
     dx = torch.empty_like(like) if has_dx else None
     # Without a gate the branch's gradient is x's.
     d_o = torch.empty_like(like) if gate is not None else None
-    u_columns = channels + (ONES_COLUMNS if ones else 0)
-    u = like.new_empty(*like.shape[:-1], u_columns) if remake_u else None
+    u = torch.empty_like(like) if remake_u else None
     programs = groups * plan.chunks
     modulations = 2 * has_norm + (gate is not None)
     kinds = modulations + (bias is not None)
@@ -170,7 +167,7 @@ def backward(
             C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
             HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None,
             HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm, WRITE_DX=has_dx, REMAKE_U=remake_u,
-            U_COLUMNS=u_columns, num_warps=plan.warps, maxnreg=TUNING.get("backward_registers"),
+            num_warps=plan.warps, maxnreg=TUNING.get("backward_registers"),
         )  # fmt: skip
     dmodulation = dbias = None
     if modulations:
@@ -338,7 +335,6 @@ def _residual_norm_backward(
     ROWS: tl.constexpr, STAGES: tl.constexpr,
     HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_NORM: tl.constexpr, WRITE_DX: tl.constexpr, REMAKE_U: tl.constexpr,
-    U_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = (program // chunks).to(tl.int64)
@@ -393,15 +389,10 @@ def _residual_norm_backward(
             if REMAKE_U:
                 # Read here, not held in registers through the walk: it lies in the L1 cache.
                 shift_a = _row(shift + group * shift_stride, a, a_in)[None, :]
-                u_row = u + token[:, None] * U_COLUMNS
-                tl.store(u_row + a[None, :], (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
+                tl.store(u + at_a, (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
                 if REST > 0:
                     shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
-                    tl.store(u_row + b[None, :], (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
-                if U_COLUMNS > C:
-                    beyond = tl.arange(0, U_COLUMNS - C)
-                    one = tl.broadcast_to((beyond == 0).to(dtype)[None, :], [ROWS, U_COLUMNS - C])
-                    tl.store(u_row + (C + beyond)[None, :], one, mask=row_in[:, None])
+                    tl.store(u + at_b, (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
             dshift_a += du_a
             dscale_a += du_a * hat_a
             du_a *= scale_a

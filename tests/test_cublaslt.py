@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import DEVICE, relative_error
+from kernel_checks import relative_error
 
 from stdit_fast import _cuda
 from stdit_fast.ops import cublaslt, linear
-from stdit_fast.ops.linear import transpose_op, weight_gradient, weight_gradients_into
+from stdit_fast.ops.linear import weight_gradient, weight_gradients_into
 
 ROOT = Path(__file__).resolve().parents[1]
 USABLE, REASON = cublaslt.available()
@@ -72,22 +72,9 @@ def test_the_reason_is_given_where_it_cannot_be_had(monkeypatch):
 
 def test_the_gradient_of_a_tall_weight_is_its_transposes(monkeypatch):
     monkeypatch.setattr("stdit_fast.ops.linear._MANY_ROWS", 30)
-    dy, x, tall = (torch.randn(*shape, device=DEVICE) for shape in ((5, 7, 40), (5, 7, 8), (40, 8)))
-    place = torch.empty_like(tall)
-    with weight_gradients_into({tall.data_ptr(): place}):
-        got = weight_gradient(dy, x, tall)
-    assert got.data_ptr() == place.data_ptr() and got.is_contiguous()
-    torch.testing.assert_close(got, torch.einsum("abo,abi->oi", dy, x))
+    dy, x, tall = torch.randn(5, 7, 40).double(), torch.randn(5, 7, 8).double(), torch.randn(40, 8).double()
     torch.testing.assert_close(weight_gradient(dy, x, tall), torch.einsum("abo,abi->oi", dy, x))
     torch.testing.assert_close(weight_gradient(x, dy, tall.t()), torch.einsum("abo,abi->oi", x, dy))
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (64, 128), (200, 70), (3, 130)], ids=str)
-def test_transpose(shape):
-    x = torch.arange(shape[0] * shape[1], device=DEVICE).view(shape).float()
-    torch.library.opcheck(transpose_op, (x,))
-    got = transpose_op(x)
-    assert got.is_contiguous() and torch.equal(got, x.t())
 
 
 def test_a_weight_gradient_is_made_in_its_place_once():

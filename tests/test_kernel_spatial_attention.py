@@ -159,35 +159,6 @@ def test_many_tiles(monkeypatch):
         torch.testing.assert_close(got, want)
 
 
-@dtypes
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-def test_the_bias_in_qkv_gets_its_gradient(norm, dtype):
-    """Its values change nothing, and what the linear layer would give it is what the attention gives it."""
-    w = weights(72) if norm else dict.fromkeys(weights(72))
-    given = {"qkv": randn(2, 2, 5, 3, 2, 72), **w, "bias": randn(3 * 2 * 72, seed=3)}
-    check(
-        lambda **kw: ops.spatial_attention(**kw, eps=EPS, backend="fused"),
-        lambda **kw: ops.spatial_attention(**kw, eps=EPS, backend="reference"),
-        given,
-        dtype,
-        repeats=False,
-    )
-
-
-def test_the_bias_of_a_linear_layer_before():
-    """The definition, as a function of the layer's bias, is the layer's own."""
-    x, weight = randn(1, 2, 5, 24), randn(3 * 2 * 8, 24, seed=1)
-    found = []
-    for here in (True, False):
-        bias = randn(3 * 2 * 8, seed=2).requires_grad_()
-        qkv = torch.nn.functional.linear(x, weight, bias.detach() if here else bias).unflatten(-1, (3, 2, 8))
-        out = ops.spatial_attention(qkv, None, None, bias=bias if here else None, backend="reference")
-        out.backward(randn(*out.shape, seed=3))
-        found.append((out, bias.grad))
-    assert torch.equal(found[0][0], found[1][0])
-    torch.testing.assert_close(found[0][1], found[1][1])
-
-
 def test_what_is_kept_for_the_backward_pass():
     kept = []
     qkv = randn(1, 2, 3, 3, 2, 8).requires_grad_()
@@ -201,17 +172,16 @@ def test_registered_ops():
     for positions, normed in ((3, True), (3, False), (1, True)):
         qkv = randn(2, 2, positions, 3, 2, 8).requires_grad_()
         w = [x.requires_grad_() for x in weights(8).values()] if normed else [None, None]
-        bias = randn(48, seed=4).requires_grad_() if normed else None
-        check_op(spatial_attention._op, qkv, *w, EPS, bias)
+        check_op(spatial_attention._op, qkv, *w, EPS)
         with torch.no_grad():
-            o, lse = spatial_attention._op(qkv, *w, EPS, None)
-            check_op(spatial_attention._backward_op, randn(*o.shape, seed=3), qkv.detach(), *w, o, lse, EPS, normed)
+            o, lse = spatial_attention._op(qkv, *w, EPS)
+            check_op(spatial_attention._backward_op, randn(*o.shape, seed=3), qkv.detach(), *w, o, lse, EPS)
         qkv = randn(2, positions, 2, 3, 2, 8).requires_grad_()
         table = angles(positions, 8)
         op, backward_op = temporal_attention_long._op, temporal_attention_long._backward_op
-        check_op(op, qkv, *w, table, False, EPS, bias)
+        check_op(op, qkv, *w, table, False, EPS)
         with torch.no_grad():
-            o, lse = op(qkv, *w, table, True, EPS, None)
+            o, lse = op(qkv, *w, table, True, EPS)
             check_op(backward_op, randn(*o.shape, seed=3), qkv.detach(), *w, table, o, lse, True, EPS)
 
 

@@ -86,7 +86,6 @@ struct BackwardArguments {
   float* partials;         // ring of [query_tiles] tiles of dq
   int* turns;              // [sequences * heads, query_tiles]: whose turn it is; then [sequences * heads]: tiles done
   float* weight_partials;  // [blocks, D]; null: the weights' gradients are not asked for
-  SumArray sums;
   int heads, items, queries, keys, query_tiles, key_blocks, ring;
   bool walks;  // a block walks over all keys of a head
 };
@@ -314,7 +313,7 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
   const int barrier = 1 + consumer;
   RingPlace<2> kv, ds;
   RingPlace<B::kStages> q;
-  const bool sums_weights = a.weight_partials != nullptr, sums_rows = a.sums.wanted();
+  const bool sums_weights = a.weight_partials != nullptr;
   float* weight_sums = s.weight_sums[4 * consumer + warp];
 
   for (UnitCursor<B> cursor; cursor.valid(a); cursor.next(a)) {
@@ -453,10 +452,6 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
           }
           // The weights in shared memory hold the scale, in units of log2.
           through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, sums_weights, weight_sums);
-          if (sums_rows) {
-            const bool has_rows = warp < kSteps && 16 * warp < a.queries - tile * kQueries;
-            a.sums.write<D>(d_q, out.there, 1.0f, u.sequence, tile * kSteps + warp, has_rows, 0, u.head);
-          }
           write_rows<D>(d_q, out);
         } else {
           place.keep(a, u, d_q, barrier);
@@ -469,16 +464,11 @@ __device__ __forceinline__ void consume(const BackwardArguments& a, typename B::
 
     RawRows<D> raw;
     raw.read(RowPair(a.raw_k, u.sequence, u.head, key0, a.keys));
-    const RowPair out_v(a.d_v, u.sequence, u.head, key0, a.keys);
-    const int group = u.key_block * (B::kKeys / 16) + 4 * consumer + warp;
-    if (sums_rows) a.sums.write<D>(d_v, out_v.there, 1.0f, u.sequence, group, 16 * group < a.keys, 2, u.head);
-    write_rows<D>(d_v, out_v);
+    write_rows<D>(d_v, RowPair(a.d_v, u.sequence, u.head, key0, a.keys));
     // Where q is scaled, it is in units of log2.
     const float scale = a.norm.folds() ? kLn2 : a.norm.scale;
     through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, false, nullptr);
-    const RowPair out_k(a.d_k, u.sequence, u.head, key0, a.keys);
-    if (sums_rows) a.sums.write<D>(d_k, out_k.there, 1.0f, u.sequence, group, 16 * group < a.keys, 1, u.head);
-    write_rows<D>(d_k, out_k);
+    write_rows<D>(d_k, RowPair(a.d_k, u.sequence, u.head, key0, a.keys));
   }
 
   if (a.weight_partials != nullptr) {
@@ -583,7 +573,6 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   a.d_q = array_of(g.d_q);
   a.d_k = array_of(g.d_k);
   a.d_v = array_of(g.d_v);
-  a.sums = sums_of(call, g);
   a.norm = norm_of(call);
   a.score_factor = a.norm.score_factor();
   auto* rows = reinterpret_cast<float2*>(scratch + plan.rows_at);

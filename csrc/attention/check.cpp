@@ -31,10 +31,6 @@ void check_attention(const stdit_attention& call, const stdit_attention_gradient
   check_heads("d_q", gradients.d_q);
   check_heads("d_k", gradients.d_k);
   check_heads("d_v", gradients.d_v);
-  if (gradients.d_sums != nullptr && call.key_starts == nullptr && call.queries != call.keys) {
-    throw std::invalid_argument("attention: sums of the gradients of " + std::to_string(call.queries) +
-                                " queries and " + std::to_string(call.keys) + " keys, where as many can be served");
-  }
   if (reinterpret_cast<uintptr_t>(gradients.scratch) % 256 != 0) {
     throw std::invalid_argument("attention: the scratch memory does not begin at a multiple of 256 bytes");
   }

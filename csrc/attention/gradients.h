@@ -155,78 +155,31 @@ __device__ __forceinline__ void write_rows(const float (&d)[D / 2], const RowPai
   }
 }
 
-// Sums of values for each of a thread's columns of accumulators [16, D] over the eight lanes that share them. At every
-// step a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
+// Adds `v`, a value for each of this thread's columns, over the eight lanes that share them, to sums[D]. At every step
+// a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
 template <int D>
-struct ColumnFold {
-  static constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, kKept = (k2 + 1) / 2;
-
-  // Leaves the sums of kKept columns in v[0] to v[kKept - 1].
-  static __device__ __forceinline__ void fold(float (&v)[k0]) {
-    const int lane = threadIdx.x % 32;
-    const auto halve = [&](int count, int kept, int step) {
-      const bool upper = (lane & step) != 0;
+__device__ __forceinline__ void add_columns(float (&v)[D / 4], float* sums) {
+  constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, k3 = (k2 + 1) / 2;
+  const int lane = threadIdx.x % 32;
+  const auto halve = [&](auto& values, int count, int kept, int step) {
+    const bool upper = (lane & step) != 0;
 #pragma unroll
-      for (int i = 0; i < kept; ++i) {
-        const float high = i + kept < count ? v[i + kept] : 0.0f;
-        const float other = __shfl_xor_sync(~0u, upper ? v[i] : high, step);
-        v[i] = (upper ? high : v[i]) + other;
-      }
-    };
-    halve(k0, k1, 16);
-    halve(k1, k2, 8);
-    halve(k2, kKept, 4);
-  }
-  // Which column v[i] is the sum of; negative where it is none's, or another lane's.
-  static __device__ __forceinline__ int column(int i) {
-    const int lane = threadIdx.x % 32;
-    const int at2 = (lane & 4 ? kKept : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
+    for (int i = 0; i < kept; ++i) {
+      const float high = i + kept < count ? values[i + kept] : 0.0f;
+      const float other = __shfl_xor_sync(~0u, upper ? values[i] : high, step);
+      values[i] = (upper ? high : values[i]) + other;
+    }
+  };
+  halve(v, k0, k1, 16);
+  halve(v, k1, k2, 8);
+  halve(v, k2, k3, 4);
+  const int at2 = (lane & 4 ? k3 : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
+#pragma unroll
+  for (int i = 0; i < k3; ++i) {
     const int k = at0 + at1 + at2 + i;
     const bool mine = at2 + i < k2 && at1 + at2 + i < k1 && k < k0;
-    return mine ? 8 * (k / 2) + 2 * (lane % 4) + k % 2 : -1;
+    if (mine) sums[8 * (k / 2) + 2 * (lane % 4) + k % 2] += v[i];
   }
-};
-
-// `sink(column, sum)` takes each of the D sums in one lane.
-template <int D, class Sink>
-__device__ __forceinline__ void add_columns(float (&v)[D / 4], Sink sink) {
-  ColumnFold<D>::fold(v);
-#pragma unroll
-  for (int i = 0; i < ColumnFold<D>::kKept; ++i) {
-    const int column = ColumnFold<D>::column(i);
-    if (column >= 0) sink(column, v[i]);
-  }
-}
-
-// Sums of gradients over 16 rows each, the last ones of a sequence over fewer: [sequences, groups, parts, heads, D] with
-// q, k and v, or q alone, as parts.
-struct SumArray {
-  float* data;  // null: none are asked for
-  int groups, parts, heads;
-
-  __device__ __forceinline__ bool wanted() const { return data != nullptr; }
-
-  // Writes those of a warp's accumulators [16, D] times `scale`, if that group is there; rows that are not count
-  // nothing. (Without a branch around it: whether all lanes have the same group, the compiler does not see, and would
-  // keep addresses out of uniform registers.)
-  template <int D>
-  __device__ __forceinline__ void write(const float (&d)[D / 2], const bool (&there)[2], float scale, int sequence,
-                                        int group, bool group_there, int part, int head) const {
-    float v[D / 4];
-#pragma unroll
-    for (int i = 0; i < D / 4; ++i) {
-      const float* rows = d + 4 * (i / 2) + i % 2;
-      v[i] = ((there[0] ? rows[0] : 0.0f) + (there[1] ? rows[2] : 0.0f)) * scale;
-    }
-    float* to = data + ((static_cast<int64_t>(sequence) * groups + group) * parts + part) * heads * D + head * D;
-    add_columns<D>(v, [&](int column, float sum) {
-      if (group_there) to[column] = sum;
-    });
-  }
-};
-
-inline SumArray sums_of(const stdit_attention& call, const stdit_attention_gradients& gradients) {
-  return {gradients.d_sums, static_cast<int>((call.queries + 15) / 16), call.key_starts == nullptr ? 3 : 1, call.heads};
 }
 
 // From the gradient of a normalised (and weighted) row to that of the row as it came, in place.
@@ -260,7 +213,7 @@ __device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>
       sums[2 * j + 1] =
           d[4 * j + 1] * (high_half(raw.x[0][j]) * factor[0]) + d[4 * j + 3] * (high_half(raw.x[1][j]) * factor[1]);
     }
-    add_columns<D>(sums, [&](int column, float sum) { weight_sums[column] += sum; });
+    add_columns<D>(sums, weight_sums);
   }
 #pragma unroll
   for (int j = 0; j < D / 8; ++j) {

@@ -112,7 +112,6 @@ struct QueryArguments {
   TileMaps q, d_o, o, v;
   HeadArray raw_q, d_q;
   NormArguments norm;
-  SumArray sums;
   const char* key_image;     // [sequences * heads] of key_length rows
   const float* key_factors;  // [sequences * heads, key_length]
   const float* lse;          // [sequences * heads, queries]
@@ -395,10 +394,6 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
     }
     // The weights in shared memory hold the scale, in units of log2; without any, the keys' factors do.
     through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, sums_weights, weight_sums);
-    if (a.sums.wanted()) {
-      const int group = query0 / 16 + warp;
-      a.sums.write<D>(d_q, out.there, 1.0f, u.sequence, group, 16 * group < a.queries, 0, u.head);
-    }
     write_rows<D, true>(d_q, out);
   }
   turns.end();
@@ -471,7 +466,6 @@ struct KeyArguments {
   TileMaps v;
   HeadArray d_k, d_v;
   NormArguments norm;
-  SumArray sums;
   const char* key_image;     // [sequences * heads] of key_length rows
   const float* key_factors;  // [sequences * heads, key_length]
   const char* query_image;  // [sequences * heads] of row_length rows
@@ -635,10 +629,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     kv.next();
     wgmma_wait<1>();
     hold(d_v);
-    const RowPair out_v(a.d_v, u.sequence, u.head, key, a.keys);
-    const int group = (u.first_key + 64 * consumer) / 16 + warp;
-    if (a.sums.wanted()) a.sums.write<D>(d_v, out_v.there, 1.0f, u.sequence, group, 16 * group < a.keys, 2, u.head);
-    write_rows<D, true>(d_v, out_v);
+    write_rows<D, true>(d_v, RowPair(a.d_v, u.sequence, u.head, key, a.keys));
     wgmma_wait<0>();
     hold(d_k);
     arrive_warp(s.q_empty[q.stage]);
@@ -646,9 +637,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     // Where q is scaled, it is in units of log2.
     const float scale = a.norm.folds() ? kLn2 : a.norm.scale;
     through_norm<D>(d_k, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, false, nullptr);
-    const RowPair out_k(a.d_k, u.sequence, u.head, key, a.keys);
-    if (a.sums.wanted()) a.sums.write<D>(d_k, out_k.there, 1.0f, u.sequence, group, 16 * group < a.keys, 1, u.head);
-    write_rows<D, true>(d_k, out_k);
+    write_rows<D, true>(d_k, RowPair(a.d_k, u.sequence, u.head, key, a.keys));
   }
   turns.end();
 }
@@ -767,7 +756,6 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   q.raw_q = array_of(call.q);
   q.d_q = array_of(g.d_q);
   q.norm = norm;
-  q.sums = sums_of(call, g);
   q.key_image = i.image;
   q.key_factors = i.factors;
   q.lse = call.lse;
@@ -790,7 +778,6 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   k.d_k = array_of(g.d_k);
   k.d_v = array_of(g.d_v);
   k.norm = norm;
-  k.sums = q.sums;
   k.key_image = q.key_image;
   k.key_factors = q.key_factors;
   k.query_image = q.query_image;

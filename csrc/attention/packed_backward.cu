@@ -67,7 +67,6 @@ struct QueryArguments {
   const int* key_starts;
   const float* lse;
   float2* rows;  // [sequences * heads, row_length]: lse in units of log2, delta; zeroes beyond the queries
-  SumArray sums;
   float score_factor, scale;
   int sequences, heads, queries, units, heads_at_once, row_length;
 };
@@ -236,11 +235,6 @@ __device__ __forceinline__ void consume(const QueryArguments& a, typename G::Sha
     if (leaves) arrive_warp(s.kv_empty[kv.stage]);
     kv.next();
     if (leaves) first = kv;
-    if (a.sums.wanted()) {
-      const int group = query0 / 16 + warp, row = 16 * group + lane / 4;
-      const bool there[2] = {row < a.queries, row + 8 < a.queries};
-      a.sums.write<D>(d_q, there, a.scale, u.sequence, group, 16 * group < a.queries, 0, u.head);
-    }
     store_accumulators<D, 64>(s.d_q[consumer], 16 * warp, d_q, a.scale, a.scale);
     fence_async_shared();
     __syncwarp();
@@ -716,7 +710,6 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   q.key_starts = call.key_starts;
   q.lse = call.lse;
   q.rows = rows;
-  q.sums = sums_of(call, g);
   q.score_factor = score_factor;
   q.scale = call.scale;
   q.sequences = sequences;

@@ -21,7 +21,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/gradients.h"
+#include "attention/shared.h"
 #include "stdit/attention_tiles.h"
 #include "stdit/launch_check.h"
 #include "stdit/temporal.h"
@@ -85,6 +85,38 @@ __device__ __forceinline__ float over_row(float x) {
   x += __shfl_xor_sync(~0u, x, 1);
   return x + __shfl_xor_sync(~0u, x, 2);
 }
+
+// Sums of values for each of a thread's columns of accumulators [16, D] over the eight lanes that share them. At every
+// step a lane hands on the half of the values that its partner keeps: 17 exchanges for 18 values.
+template <int D>
+struct ColumnFold {
+  static constexpr int k0 = D / 4, k1 = (k0 + 1) / 2, k2 = (k1 + 1) / 2, kKept = (k2 + 1) / 2;
+
+  // Leaves the sums of kKept columns in v[0] to v[kKept - 1].
+  static __device__ __forceinline__ void fold(float (&v)[k0]) {
+    const int lane = threadIdx.x % 32;
+    const auto halve = [&](int count, int kept, int step) {
+      const bool upper = (lane & step) != 0;
+#pragma unroll
+      for (int i = 0; i < kept; ++i) {
+        const float high = i + kept < count ? v[i + kept] : 0.0f;
+        const float other = __shfl_xor_sync(~0u, upper ? v[i] : high, step);
+        v[i] = (upper ? high : v[i]) + other;
+      }
+    };
+    halve(k0, k1, 16);
+    halve(k1, k2, 8);
+    halve(k2, kKept, 4);
+  }
+  // Which column v[i] is the sum of; negative where it is none's, or another lane's.
+  static __device__ __forceinline__ int column(int i) {
+    const int lane = threadIdx.x % 32;
+    const int at2 = (lane & 4 ? kKept : 0), at1 = (lane & 8 ? k2 : 0), at0 = (lane & 16 ? k1 : 0);
+    const int k = at0 + at1 + at2 + i;
+    const bool mine = at2 + i < k2 && at1 + at2 + i < k1 && k < k0;
+    return mine ? 8 * (k / 2) + 2 * (lane % 4) + k % 2 : -1;
+  }
+};
 
 // 16 rows of a head as matrices of 8 x 8: x[columns in eights][lower eight rows]. A thread has two neighbouring
 // columns of row lane / 4 (transposed: two neighbouring rows of column lane / 4).

@@ -164,18 +164,16 @@ class STDiT2Block(nn.Module):
         backend, attn, cross, mlp = self.backend, self.attn, self.cross_attn, self.mlp
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate, temp_shift, temp_scale, temp_gate = modulation.unbind(2)
 
-        bias, held = _split_bias("spatial_attention", attn.qkv.bias, x, attn.head_dim, backend)
-        x, qkv = ops.modulated_linear(x, branch, shift, scale, attn.qkv.weight, bias, backend=backend)
-        o = ops.spatial_attention(_split_heads(qkv, attn), *norm_weights(attn), bias=held, backend=backend)
+        x, qkv = ops.modulated_linear(x, branch, shift, scale, attn.qkv.weight, attn.qkv.bias, backend=backend)
+        o = ops.spatial_attention(_split_heads(qkv, attn), *norm_weights(attn), backend=backend)
         branch = ops.Branch(ops.projection(o, attn.proj.weight, backend=backend), gate, attn.proj.bias)
 
         x, o = self._temporal(x, branch, temp_shift, temp_scale, cond)
         branch = ops.Branch(o, temp_gate, self.attn_temp.proj.bias)
 
-        bias, held = _split_bias("cross_attention", cross.q_linear.bias, x, cross.head_dim, backend)
-        x, q = ops.gate_residual_linear(x, branch, cross.q_linear.weight, bias, backend=backend)
+        x, q = ops.gate_residual_linear(x, branch, cross.q_linear.weight, cross.q_linear.bias, backend=backend)
         q = q.flatten(1, 2).unflatten(-1, (cross.num_heads, cross.head_dim))
-        o = ops.cross_attention(q, kv, cond.layout, backend=backend, bias=held).view_as(x)
+        o = ops.cross_attention(q, kv, cond.layout, backend=backend).view_as(x)
         branch = ops.Branch(ops.projection(o, cross.proj.weight, backend=backend), None, cross.proj.bias)
 
         weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
@@ -202,17 +200,12 @@ class STDiT2Block(nn.Module):
             values = slice(2 * x.shape[-1], None)
             x, o = ops.modulated_linear(x, branch, shift, scale, weight[values], bias[values], backend=backend)
             return x, ops.projection(ops.without_gradient(o, *norm_weights(attn)), proj, backend=backend)
-        bias, held = _split_bias("temporal_attention", bias, x, attn.head_dim, backend)
+        # Either finds the bias's gradient: the attention's kernel in passing, the linear layer by a pass of its own.
+        held = None
+        if ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
+            bias, held = bias.detach(), bias
         x, qkv = ops.modulated_linear(x, branch, shift, scale, weight, bias, backend=backend)
         return x, ops.projection(attention(qkv, held), proj, backend=backend)
-
-
-def _split_bias(op: str, bias: Tensor, x: Tensor, head_dim: int, backend: str) -> tuple[Tensor, Tensor | None]:
-    """A bias as the layer before an attention gets it, and as the attention does: one of them finds its gradient.
-
-    An attention's kernel does so in passing; plain PyTorch would need a pass more.
-    """
-    return (bias.detach(), bias) if ops.use_kernel(op, backend, x, head_dim) else (bias, None)
 
 
 def _split_heads(qkv: Tensor, attn: nn.Module) -> Tensor:

@@ -6,11 +6,9 @@ import torch
 from torch import Tensor
 
 from stdit_fast.kernels import cross_attention as kernels
-from stdit_fast.kernels.residual_norm import column_sum
 from stdit_fast.ops import cuda_attention, library, registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
 from stdit_fast.ops.library_attention import library_attention
-from stdit_fast.ops.linear import holding
 
 NAME = "cross_attention"
 
@@ -104,9 +102,7 @@ def _as(words: Tensor, like: Tensor) -> Tensor:
     return words.view(like.dtype)[: like.numel()].view(like.shape)
 
 
-def cross_attention(
-    q: Tensor, kv: Tensor, layout: TextLayout, backend: str = "auto", *, bias: Tensor | None = None
-) -> Tensor:
+def cross_attention(q: Tensor, kv: Tensor, layout: TextLayout, backend: str = "auto") -> Tensor:
     """softmax(q k^T / sqrt(D)) v over each sample's own text.
 
     Bytes it must move: q in, o out (2 units of C values a video token), and the text's k and v once; in backward q
@@ -117,8 +113,6 @@ def cross_attention(
         kv: [M, 2, H, D], keys and values of the packed text; tokens may lie apart, as in a slice of a wider tensor.
         layout: of that text.
         backend: "auto", "fused" or "reference".
-        bias: [H*D] of the linear layer that made q and holds it already, if its gradient is to be found here, where it
-            costs no pass of its own; that layer then gets `bias.detach()`.
 
     Returns:
         [B, N, H*D] in q's dtype.
@@ -130,17 +124,14 @@ def cross_attention(
     expect_shape(NAME, "q", q, (len(layout.lengths), "N", "H", "D"))
     expect_not_empty(NAME, "q", q)
     expect_shape(NAME, "kv", kv, (layout.total, 2, q.shape[2], q.shape[3]))
-    if bias is not None:
-        expect_shape(NAME, "bias", bias, (q.shape[2] * q.shape[3],))
     if kv.dtype != q.dtype:
         raise ValueError(f"{NAME}: kv is {kv.dtype}, expected q's {q.dtype}")
     if registry.use_kernel(NAME, backend, q, q.shape[3]):
-        return _op(q, kv, layout.starts, layout.max_length, bias)[0]
-    return definition(q, kv, layout, bias)
+        return _op(q, kv, layout.starts, layout.max_length)[0]
+    return definition(q, kv, layout)
 
 
-def definition(q: Tensor, kv: Tensor, layout: TextLayout, bias: Tensor | None = None) -> Tensor:
-    q = holding(q, bias, 2)
+def definition(q: Tensor, kv: Tensor, layout: TextLayout) -> Tensor:
     padded = kv.index_select(0, layout.padded_index.flatten()).unflatten(0, layout.padded_index.shape)
     k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, L, D]
     o = library_attention(q.transpose(1, 2), k, v, layout.padded_mask[:, None, None, :])
@@ -150,45 +141,38 @@ def definition(q: Tensor, kv: Tensor, layout: TextLayout, bias: Tensor | None = 
 # ---------------------------------------------------------------- the op
 
 
-def _kernel(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _kernel(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     if cuda_attention.unserved(q, max_length):
         return kernels.forward(q, kv, starts)
     o, lse = cuda_attention.cross_forward(q, kv, starts, max_length)
     return o.flatten(2), lse
 
 
-def _backward_kernel(grad, q, kv, o, lse, starts, max_length, wants_bias) -> tuple[Tensor, Tensor, Tensor]:
-    sums = None
+def _backward_kernel(grad, q, kv, o, lse, starts, max_length) -> tuple[Tensor, Tensor]:
     if cuda_attention.unserved(q, max_length):
-        d_q, d_kv = kernels.backward(grad, q, kv, o, lse, starts, max_length)
-    else:
-        grad, o = (x.unflatten(2, q.shape[2:]) for x in (grad, o))
-        d_q, d_kv, sums = cuda_attention.cross_backward(grad, q, kv, starts, max_length, o, lse, wants_bias)
-    if not wants_bias:
-        return d_q, d_kv, q.new_empty(0)
-    return d_q, d_kv, column_sum(d_q.flatten(2).flatten(0, 1) if sums is None else sums, q.dtype)
+        return kernels.backward(grad, q, kv, o, lse, starts, max_length)
+    grad, o = (x.unflatten(2, q.shape[2:]) for x in (grad, o))
+    return cuda_attention.cross_backward(grad, q, kv, starts, max_length, o, lse)
 
 
-def _fake(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _fake(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
     batch, rows, heads, head_dim = q.shape
     lse = q.new_empty((batch, heads, rows), dtype=torch.float32)
     return q.new_empty(batch, rows, heads * head_dim), lse
 
 
-def _backward_fake(grad, q, kv, o, lse, starts, max_length, wants_bias) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), kv.new_empty(kv.shape), q.new_empty(q.shape[2] * q.shape[3] if wants_bias else 0)
+def _backward_fake(grad, q, kv, o, lse, starts, max_length) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), kv.new_empty(kv.shape)
 
 
 # starts and max_length are those of TextLayout. The second output is the logarithm of each row's sum, float32
 # [B, H, N], which backward needs; to base 2 where Triton serves, natural where CUDA does.
 _op = library.define(
-    "cross_attention(Tensor q, Tensor kv, Tensor starts, SymInt max_length, Tensor? bias) -> (Tensor, Tensor)",
-    _kernel,
-    _fake,
+    "cross_attention(Tensor q, Tensor kv, Tensor starts, SymInt max_length) -> (Tensor, Tensor)", _kernel, _fake
 )
 _backward_op = library.define(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor kv, Tensor o, Tensor lse, Tensor starts, "
-    "SymInt max_length, bool wants_bias) -> (Tensor d_q, Tensor d_kv, Tensor d_bias)",
+    "SymInt max_length) -> (Tensor, Tensor)",
     _backward_kernel,
     _backward_fake,
 )
@@ -196,8 +180,8 @@ _backward_op = library.define(
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, kv, starts, max_length, bias):
-        o, lse = library.below_autograd(_op, q, kv, starts, max_length, bias)
+    def forward(ctx, q, kv, starts, max_length):
+        o, lse = library.below_autograd(_op, q, kv, starts, max_length)
         ctx.save_for_backward(q, kv, o, lse, starts)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -207,11 +191,9 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return None, None, None, None, None
+            return None, None, None, None
         q, kv, o, lse, starts = ctx.saved_tensors
-        wants_bias = ctx.needs_input_grad[4]
-        d_q, d_kv, d_bias = _backward_op(grad, q, kv, o, lse, starts, ctx.max_length, wants_bias)
-        return d_q, d_kv, None, None, d_bias if wants_bias else None
+        return *_backward_op(grad, q, kv, o, lse, starts, ctx.max_length), None, None
 
 
 library.differentiable(_op, _CrossAttention)

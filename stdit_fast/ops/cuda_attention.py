@@ -7,8 +7,6 @@ from stdit_fast import _cuda
 
 HEAD_DIMS = (64, 72, 80, 96)  # that kernels are made for: csrc/attention/head_dim.h
 MOST_KEYS = 320  # tokens of a text: they stay in shared memory
-SUMMED_ROWS = 16  # of a gradient, into one row of sums
-SUMMED_HEAD_DIM = 72  # at which sums were held against their definition; at others, who wants them makes a pass
 _ALIGNMENT = 8  # elements: the copy engine takes addresses and strides in steps of 16 bytes
 
 
@@ -74,12 +72,10 @@ def backward(
     lse: Tensor,
     eps: float,
     d_qkv: Tensor,
-    wants_sums: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """Writes the gradient of qkv into `d_qkv` [N, S, 3, H, D]; answers that of both weights, [2, D] float32.
 
-    Bit for bit the same on repeat. If `wants_sums`, also answers sums of d_qkv's rows, [R, 3*H*D] float32, each of at
-    most SUMMED_ROWS of them; None but at SUMMED_HEAD_DIM.
+    Bit for bit the same on repeat.
     """
     qkv, o, d_o = _readable(qkv), o.contiguous(), d_o.contiguous()
     call, _kept = _call(qkv, q_weight, k_weight, eps, o, lse.contiguous())
@@ -87,17 +83,15 @@ def backward(
     d_weights = qkv.new_empty((2, qkv.shape[-1]), dtype=torch.float32)
     scratch = qkv.new_empty(call.backward_scratch(device), dtype=torch.uint8)
     wanted = q_weight is not None or k_weight is not None
-    sums = _sums(qkv.shape[0], qkv.shape[1], qkv[0, 0]) if wants_sums else None  # one row: [3, H, D]
     call.backward(
         d_o=_heads(d_o),
         **{f"d_{name}": _heads(part) for name, part in zip("qkv", d_qkv.unbind(2), strict=True)},
         d_weights=d_weights.data_ptr() if wanted else 0,
-        d_sums=0 if sums is None else sums.data_ptr(),
         scratch=scratch.data_ptr(),
         device=device,
         stream=_stream(qkv),
     )
-    return d_weights, sums
+    return d_weights
 
 
 def cross_forward(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
@@ -121,20 +115,9 @@ def cross_forward(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tup
 
 
 def cross_backward(
-    d_o: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    starts: Tensor,
-    max_length: int,
-    o: Tensor,
-    lse: Tensor,
-    wants_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of q [B, N, H, D] and kv [M, 2, H, D], contiguous. Bit for bit the same on repeat.
-
-    If `wants_sums`, also sums of the rows of q's, [R, H*D] float32, each of at most SUMMED_ROWS of them; None but at
-    SUMMED_HEAD_DIM.
-    """
+    d_o: Tensor, q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of q [B, N, H, D] and kv [M, 2, H, D], contiguous. Bit for bit the same on repeat."""
     q, kv, o, d_o = _readable(q), _readable(kv), o.contiguous(), d_o.contiguous()
     call = _cross_call(q, kv, starts, max_length, o, lse.contiguous())
     device = q.device.index
@@ -142,25 +125,17 @@ def cross_backward(
     d_q, d_kv = q.new_empty(q.shape), kv.new_zeros(kv.shape)
     scratch = q.new_empty(call.backward_scratch(device), dtype=torch.uint8)
     d_k, d_v = (_heads(part) for part in _as_one_sequence(d_kv))
-    sums = _sums(q.shape[0], q.shape[1], q[0, 0]) if wants_sums else None  # one row: [H, D]
     call.backward(
         d_o=_heads(d_o),
         d_q=_heads(d_q),
         d_k=d_k,
         d_v=d_v,
         d_weights=0,
-        d_sums=0 if sums is None else sums.data_ptr(),
         scratch=scratch.data_ptr(),
         device=device,
         stream=_stream(q),
     )
-    return d_q, d_kv, sums
-
-
-def _sums(sequences: int, positions: int, row: Tensor) -> Tensor | None:
-    if row.shape[-1] != SUMMED_HEAD_DIM:
-        return None
-    return row.new_empty((sequences * -(-positions // SUMMED_ROWS), row.numel()), dtype=torch.float32)
+    return d_q, d_kv
 
 
 def _cross_call(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor):

@@ -1,8 +1,8 @@
 """The gradients of a linear layer's weight and bias, as the ops with a GEMM inside compute them.
 
-A bias's gradient is the sum of the gradient of its layer's output over all rows. For an attention's input the kernel
-that writes that gradient can sum it, which saves a pass over it: the layer gets its bias detached, and the attention
-gets the bias, as the part of its input that it is.
+A bias's gradient is the sum of the gradient of its layer's output over all rows. Before temporal attention the kernel
+that writes that gradient sums it, which saves a pass over it: the layer gets its bias detached, and the attention gets
+the bias, as the part of its input that it is.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stdit_fast.kernels.residual_norm import column_sum
-from stdit_fast.kernels.transpose import transpose
 from stdit_fast.ops import library, registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
 
 NAME = "projection"
 _MANY_ROWS = 20_000
-_ROWS_FOR_ONES = 10_000
 _places: dict[int, Tensor] = {}  # see `weight_gradients_into`
 
 column_sum_op = library.define(
     "column_sum(Tensor x) -> Tensor",
     lambda x: column_sum(x.contiguous(), x.dtype),
     lambda x: x.new_empty(x.shape[-1]),
-)
-
-
-transpose_op = library.define(
-    "transpose(Tensor x) -> Tensor", lambda x: transpose(x.contiguous()), lambda x: x.new_empty(x.shape[1], x.shape[0])
 )
 
 
@@ -81,53 +74,21 @@ def weight_gradients_into(places: dict[int, Tensor]) -> Iterator[None]:
         _places.clear()
 
 
-def takes_ones(rows: int, weight: Tensor) -> bool:
-    """Whether `weight_and_bias_gradient` is the way to the gradients of weight [C_out, C_in] and its bias.
-
-    The GEMM of a wide matrix has idle columns in its last tiles. 4608 x 1152 costs the same with a column of ones on an
-    H100 (13,824 tokens: 0.228 and 0.229 ms, 110,160: 2.00 and 1.89) and saves a pass over the gradient of the output
-    (0.053 and 0.34 ms); on an H200 it costs what it saves. 3456 x 1152 and 1152 x 1152 cost more than a pass does.
-    """
-    return _is_tall(*weight.shape) and rows > _ROWS_FOR_ONES
-
-
-def weight_and_bias_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy [..., C_out] and x [..., C_in + some], a column of ones behind its own, then zeros: [C_out, C_in], [C_out].
-
-    The bias's gradient is a row of the GEMM; the same bits every time.
-    """
-    turned = x.flatten(0, -2).t() @ dy.flatten(0, -2)
-    columns = weight.shape[1]
-    # Not a view: it would keep the whole in memory.
-    return _brought_into_order(turned[:columns], _place_of(weight, dy.dtype)), turned[columns].clone()
-
-
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """dy [..., C_out] and x [..., C_in] to the gradient of weight [C_out, C_in]."""
+    """dy [..., C_out] and x [..., C_in] to the gradient of weight [C_out, C_in], which may lie transposed."""
     dy, x = dy.flatten(0, -2), x.flatten(0, -2)
     tail = _rows_at_risk(len(x), dy.shape[1] * x.shape[1])
     if tail:
         return weight_gradient(dy[:-tail], x[:-tail], weight).addmm_(dy[-tail:].t(), x[-tail:])
-    place = _place_of(weight, dy.dtype)
-    if _is_tall(dy.shape[1], x.shape[1]) and len(x) > _MANY_ROWS:
+    if dy.shape[1] > 3 * x.shape[1] and len(x) > _MANY_ROWS:
         # cuBLAS has better tiles for the wide matrix than for the tall one: 4608 x 1152 takes 0.237 ms with 13,824
         # tokens and 2.56 ms with 110,160, its transpose 0.211 and 1.64 (H100). With 3456 rows there is no difference.
-        return _brought_into_order(x.t() @ dy, place)
-    return dy.t() @ x if place is None else torch.mm(dy.t(), x, out=place)
-
-
-def _is_tall(c_out: int, c_in: int) -> bool:
-    return c_out > 3 * c_in
-
-
-def _place_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Where the gradient of a weight is to lie, if that is said."""
+        # Whoever keeps the gradient brings it into order, which costs 0.04 ms more than a plain copy.
+        return (x.t() @ dy).t()
     place = _places.pop(weight.data_ptr(), None) if _places else None
-    return place if place is not None and place.shape == weight.shape and place.dtype == dtype else None
-
-
-def _brought_into_order(turned: Tensor, place: Tensor | None) -> Tensor:
-    return transpose_op(turned) if place is None else transpose(turned, place)
+    if place is None or place.shape != weight.shape or place.dtype != dy.dtype:
+        return dy.t() @ x
+    return torch.mm(dy.t(), x, out=place)
 
 
 def holding(x: Tensor, bias: Tensor | None, axes: int) -> Tensor:

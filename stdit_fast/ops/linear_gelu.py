@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stdit_fast.kernels import gelu as kernels
 from stdit_fast.ops import cublaslt, library, registry
-from stdit_fast.ops.linear import weight_gradient
+from stdit_fast.ops.linear import bias_gradient, weight_gradient
 
 
 def serving() -> tuple[str, str]:
@@ -28,10 +28,8 @@ def serving() -> tuple[str, str]:
 
 def linear_gelu_backward(
     dy: Tensor, hidden: Tensor, activation: Tensor | None, weight: Tensor, wants_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Through y = linear(gelu(h)) to h, without y's bias.
-
-    If an activation was kept, h's sum over the rows is left to the caller.
 
     Args:
         dy: [N, C_out]; hidden: h [N, C_hidden].
@@ -40,12 +38,13 @@ def linear_gelu_backward(
         wants_weight: whether its gradient is.
 
     Returns:
-        The gradient of h, its sum over the rows or None, and the gradient of the weight.
+        The gradient of h, its sum over the rows, and the gradient of the weight.
     """
     if activation is None:
         dh, activation, dbias = gelu_backward_op(dy @ weight, hidden)
     else:
-        dh, dbias = gelu_input_gradient_op(dy, weight, hidden), None
+        dh = gelu_input_gradient_op(dy, weight, hidden)
+        dbias = bias_gradient(dh)
     return dh, dbias, weight_gradient(dy, activation, weight) if wants_weight else None
 
 

@@ -8,7 +8,7 @@ from stdit_fast.ops import registry
 from stdit_fast.ops.checks import expect_not_empty, expect_shape
 from stdit_fast.ops.gate_residual import definition as gate_residual_definition
 from stdit_fast.ops.layer_norm_modulate import definition as layer_norm_modulate_definition
-from stdit_fast.ops.linear import bias_gradient, takes_ones, weight_and_bias_gradient, weight_gradient
+from stdit_fast.ops.linear import bias_gradient, weight_gradient
 from stdit_fast.ops.linear_gelu import keeps, linear_gelu_backward, linear_gelu_op, serving
 from stdit_fast.ops.modulated_linear import enter_branch
 from stdit_fast.ops.residual_norm import Branch, branch_backward, check_branch, check_norm, one_frame_count
@@ -164,15 +164,7 @@ class _ModulatedMlp(torch.autograd.Function):
         )
         du = (dh @ fc1_weight).view(x_new.shape)
         wants_weight = ctx.needs_input_grad[6]
-        ones = wants_weight and dfc1_bias is None and takes_ones(len(dh), fc1_weight)
-        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight, ones=ones)
-        dfc1_weight = None
-        if ones:
-            dfc1_weight, dfc1_bias = weight_and_bias_gradient(dh, grads.u, fc1_weight)
-        elif wants_weight:
-            dfc1_weight = weight_gradient(dh, grads.u, fc1_weight)
-        if dfc1_bias is None and ctx.needs_input_grad[7]:
-            dfc1_bias = bias_gradient(dh)
+        grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
             grads.dx,
             grads.d_o if ctx.needs_input_grad[1] else None,
@@ -180,7 +172,7 @@ class _ModulatedMlp(torch.autograd.Function):
             grads.dbias,
             grads.dshift,
             grads.dscale,
-            dfc1_weight,
+            weight_gradient(dh, grads.u, fc1_weight) if wants_weight else None,
             dfc1_bias,
             dfc2_weight,
             None,

@@ -112,12 +112,11 @@ def _backward(
     shift: Tensor | None,
     scale: Tensor | None,
     remake_u: bool,
-    ones: bool,
 ) -> tuple[Tensor, ...]:
     like = du if du is not None else dx_new
     gradients = kernels.backward(
         _dense(dx_new), _dense(du), _dense(x_new), stats, _dense(o), bias, _rows(gate), _rows(shift), _rows(scale),
-        _groups(like, gate, scale), remake_u, ones,
+        _groups(like, gate, scale), remake_u,
     )  # fmt: skip
     return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
@@ -133,7 +132,7 @@ def _fake_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _fake_backward(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u, ones):
+def _fake_backward(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u):
     like = du if du is not None else dx_new
     modulations = 2 * (scale is not None) + (gate is not None)
     groups = _groups(like, gate, scale)
@@ -146,7 +145,7 @@ def _fake_backward(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake
         out(gate is not None, *like.shape),
         out(bias is not None, like.shape[-1]),
         out(modulations > 0, modulations, groups, like.shape[-1]),
-        out(remake_u, *like.shape[:-1], like.shape[-1] + (kernels.ONES_COLUMNS if ones else 0)),
+        out(remake_u, *like.shape),
     )
 
 
@@ -168,7 +167,7 @@ gate_residual_layer_norm_modulate_op = library.define(
 )
 backward_op = library.define(
     "residual_norm_backward(Tensor? dx_new, Tensor? du, Tensor? x_new, Tensor? stats, Tensor? o, Tensor? bias, "
-    "Tensor? gate, Tensor? shift, Tensor? scale, bool remake_u, bool ones) "
+    "Tensor? gate, Tensor? shift, Tensor? scale, bool remake_u) "
     "-> (Tensor dx, Tensor d_o, Tensor dbias, Tensor modulation, Tensor u)",
     _backward,
     _fake_backward,
@@ -199,16 +198,14 @@ def branch_backward(
     shift: Tensor | None,
     scale: Tensor | None,
     remake_u: bool = False,
-    ones: bool = False,
 ) -> BranchGradients:
     """The backward op with its absent outputs resolved.
 
     Args:
-        remake_u: whether u is wanted; `ones`: with a column of ones behind it, and zeros, [..., C + ONES_COLUMNS].
         branch: (o, gate, bias); o is not read without a gate. Where there is no branch, d_o means nothing.
     """
     o, gate, bias = branch
-    dx, d_o, dbias, modulation, u = backward_op(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u, ones)
+    dx, d_o, dbias, modulation, u = backward_op(dx_new, du, x_new, stats, o, bias, gate, shift, scale, remake_u)
     if scale is None and (dx_new is None or du is None):
         dx = dx_new if du is None else du
     if gate is None:

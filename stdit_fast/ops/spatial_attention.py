@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 
 from stdit_fast.kernels import qk_norm
-from stdit_fast.kernels.residual_norm import column_sum
 from stdit_fast.ops import cuda_attention, library, registry
 from stdit_fast.ops.checks import expect_qkv
 from stdit_fast.ops.library_attention import attention_backward, attention_forward, best_library, library_attention
-from stdit_fast.ops.linear import holding
 from stdit_fast.ops.rms_norm import rms_norm
 
 NAME = "spatial_attention"
@@ -41,7 +39,6 @@ def spatial_attention(
     k_weight: Tensor | None,
     eps: float = 1e-6,
     *,
-    bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """softmax(norm(q) norm(k)^T / sqrt(D)) v within each frame.
@@ -54,8 +51,6 @@ def spatial_attention(
         qkv: [B, T, S, 3, H, D], the projection's output as it comes.
         q_weight, k_weight: [D] weights of the RMSNorm of q and k; None for a model without QK-norm.
         eps: of the RMSNorm.
-        bias: [3*H*D] of the linear layer that made qkv and holds it already, if its gradient is to be found here, where
-            it costs no pass of its own; that layer then gets `bias.detach()`.
         backend: "auto", "fused" (raise where no kernel can serve the call), "reference" (plain PyTorch).
 
     Returns:
@@ -65,24 +60,20 @@ def spatial_attention(
         ValueError: a shape that does not fit, or an empty qkv.
         ConfigError: backend="fused" where that cannot be had.
     """
-    expect_qkv(NAME, qkv, q_weight, k_weight, bias)
+    expect_qkv(NAME, qkv, q_weight, k_weight)
     if registry.use_kernel(NAME, backend, qkv, qkv.shape[-1]):
-        return _op(qkv, q_weight, k_weight, eps, bias)[0]
-    return definition(qkv, q_weight, k_weight, eps, bias)
+        return _op(qkv, q_weight, k_weight, eps)[0]
+    return definition(qkv, q_weight, k_weight, eps)
 
 
-def definition(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, bias: Tensor | None = None
-) -> Tensor:
-    frames = holding(qkv, bias, 3).flatten(0, 1)  # [B*T, S, 3, H, D]
+def definition(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> Tensor:
+    frames = qkv.flatten(0, 1)  # [B*T, S, 3, H, D]
     q, k, v = frames.permute(2, 0, 3, 1, 4).unbind(0)  # each [B*T, H, S, D]
     o = library_attention(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), v)
     return o.transpose(1, 2).reshape(*qkv.shape[:3], -1)
 
 
-def _forward(
-    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     batch, frames, positions, _, heads, _ = qkv.shape
     if positions == 1:  # softmax over one key
         lse = qkv.new_zeros((batch * frames, heads, 1), dtype=torch.float32)
@@ -96,44 +87,18 @@ def _forward(
 
 
 def _backward(
-    d_o: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    eps: float,
-    wants_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dqkv, d_weights, sums = _gradients(d_o, qkv, q_weight, k_weight, o, lse, eps, wants_bias)
-    if not wants_bias:
-        return dqkv, d_weights, qkv.new_empty(0)
-    return dqkv, d_weights, column_sum(dqkv.flatten(3).flatten(0, 2) if sums is None else sums, qkv.dtype)
-
-
-def _gradients(
-    d_o: Tensor,
-    qkv: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    eps: float,
-    wants_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of qkv, contiguous, and of both weights; and sums of rows of the first, if wanted and at hand."""
+    d_o: Tensor, qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, o: Tensor, lse: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     shape = qkv.shape[:3] + qkv.shape[4:]  # [B, T, S, H, D]
     if qkv.shape[2] == 1:
         dqkv = qkv.new_zeros(qkv.shape)
         dqkv.select(3, 2).copy_(d_o.reshape(shape))
-        return dqkv, torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight)), None
+        return dqkv, torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
     if not cuda_attention.unserved(qkv):
         dqkv = qkv.new_empty(qkv.shape)
         d_o, o = (x.reshape(shape).flatten(0, 1) for x in (d_o, o))
-        d_weights, sums = cuda_attention.backward(
-            d_o, qkv.flatten(0, 1), q_weight, k_weight, o, lse, eps, dqkv.flatten(0, 1), wants_sums
-        )
-        return dqkv, d_weights if q_weight is not None or k_weight is not None else d_weights[:0], sums
+        d_weights = cuda_attention.backward(d_o, qkv.flatten(0, 1), q_weight, k_weight, o, lse, eps, dqkv.flatten(0, 1))
+        return dqkv, d_weights if q_weight is not None or k_weight is not None else d_weights[:0]
     qkv = readable(qkv)
     q, k, v = _normalised(qkv, q_weight, k_weight, eps)
     o, d_o = (x.contiguous().view(shape).flatten(0, 1).transpose(1, 2) for x in (o, d_o))
@@ -142,8 +107,7 @@ def _gradients(
     dqkv = qkv.new_empty(qkv.shape)
     grads = (grad.transpose(1, 2).unflatten(0, shape[:2]) for grad in grads)
     d_weights = qk_norm.backward(*grads, qkv, q_weight, k_weight, None, False, eps, dqkv)
-    d_weights = qkv.new_empty((0, shape[-1]), dtype=torch.float32) if d_weights is None else d_weights
-    return dqkv, d_weights, None
+    return dqkv, qkv.new_empty((0, shape[-1]), dtype=torch.float32) if d_weights is None else d_weights
 
 
 def _normalised(
@@ -180,30 +144,24 @@ def fake_weight_gradients(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor
     return qkv.new_empty((count, qkv.shape[-1]), dtype=torch.float32)
 
 
-def fake_bias_gradient(qkv: Tensor, wanted: bool) -> Tensor:
-    """Shape and dtype of the gradient of qkv's bias as the backward ops return it: [3*H*D], or [0] if not wanted."""
-    return qkv.new_empty(qkv.shape[3] * qkv.shape[4] * qkv.shape[5] if wanted else 0)
-
-
-def _fake_forward(qkv, q_weight, k_weight, eps, bias):
+def _fake_forward(qkv, q_weight, k_weight, eps):
     batch, frames, positions, _, heads, head_dim = qkv.shape
     lse = qkv.new_empty((batch * frames, heads, positions), dtype=torch.float32)
     return qkv.new_empty((batch, frames, positions, heads * head_dim)), lse
 
 
-def _fake_backward(d_o, qkv, q_weight, k_weight, o, lse, eps, wants_bias):
-    d_bias = fake_bias_gradient(qkv, wants_bias)
-    return qkv.new_empty(qkv.shape), fake_weight_gradients(qkv, q_weight, k_weight), d_bias
+def _fake_backward(d_o, qkv, q_weight, k_weight, o, lse, eps):
+    return qkv.new_empty(qkv.shape), fake_weight_gradients(qkv, q_weight, k_weight)
 
 
 _op = library.define(
-    f"{NAME}(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps, Tensor? bias) -> (Tensor o, Tensor lse)",
+    f"{NAME}(Tensor qkv, Tensor? q_weight, Tensor? k_weight, float eps) -> (Tensor o, Tensor lse)",
     _forward,
     _fake_forward,
 )
 _backward_op = library.define(
-    f"{NAME}_backward(Tensor d_o, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor o, Tensor lse, float eps, "
-    "bool wants_bias) -> (Tensor dqkv, Tensor d_weights, Tensor d_bias)",
+    f"{NAME}_backward(Tensor d_o, Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor o, Tensor lse, float eps) "
+    "-> (Tensor dqkv, Tensor d_weights)",
     _backward,
     _fake_backward,
 )
@@ -211,8 +169,8 @@ _backward_op = library.define(
 
 class _SpatialAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, q_weight, k_weight, eps, bias):
-        o, lse = library.below_autograd(_op, qkv, q_weight, k_weight, eps, bias)
+    def forward(ctx, qkv, q_weight, k_weight, eps):
+        o, lse = library.below_autograd(_op, qkv, q_weight, k_weight, eps)
         # Not q' and k': making them again moves 4 units, keeping them would cost 2 a block in memory.
         ctx.save_for_backward(qkv, q_weight, k_weight, o, lse)
         ctx.eps = eps
@@ -223,11 +181,10 @@ class _SpatialAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_o, _):
         if d_o is None:
-            return None, None, None, None, None
+            return None, None, None, None
         qkv, q_weight, k_weight, o, lse = ctx.saved_tensors
-        wants_bias = ctx.needs_input_grad[4]
-        dqkv, d_weights, d_bias = _backward_op(d_o, qkv, q_weight, k_weight, o, lse, ctx.eps, wants_bias)
-        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None, d_bias if wants_bias else None
+        dqkv, d_weights = _backward_op(d_o, qkv, q_weight, k_weight, o, lse, ctx.eps)
+        return dqkv, *weight_gradients(d_weights, q_weight, k_weight), None
 
 
 library.differentiable(_op, _SpatialAttention)

@@ -43,10 +43,6 @@ struct stdit_attention {
 struct stdit_attention_gradients {
   struct stdit_heads d_o, d_q, d_k, d_v;
   float* d_weights;  // [2, head_dim]: of q_weight and of k_weight
-  // Sums of d_q, d_k and d_v over 16 rows each, [sequences, ceil(queries / 16), 3, heads, head_dim], unrounded; null:
-  // not asked for. Of as many queries as keys; with packed keys of d_q alone, [sequences, ceil(queries / 16), heads,
-  // head_dim].
-  float* d_sums;
   void* scratch;     // stdit_attention_backward_scratch() bytes, a multiple of 256 as address
 };
 

@@ -20,7 +20,7 @@ from stdit_fast.media.files import whole_file
 # The first that a kernel's name matches.
 KINDS = (
     ("copies, clearing", "memcpy|memset|CatArray|FillFunctor|copy_kernel|nocast"),
-    ("attention", "attention|flash|fmha|sdpa|softmax"),
+    ("attention", "attention|temporal|flash|fmha|sdpa|softmax"),
     ("optimizer, average", "adamw|ema_update|multi_tensor|foreach"),
     ("convolutions", "fprop|conv|cudnn|implicit"),
     ("matrix products", "gemm|nvjet|cutlass|cublas|splitK|gemv|matmul"),

@@ -58,6 +58,7 @@ def test_cases_that_cannot_be_are_refused_first(case, message):
         ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
         ("void stdit::(anonymous namespace)::attention_forward<80>()", "attention"),
         ("_cross_attention_forward", "attention"),
+        ("void stdit::(anonymous namespace)::temporal_backward_kernel<72, false>", "attention"),
         ("_gate_residual_layer_norm_modulate_backward", "norms, gates, activation, sums"),
         ("void stdit::(anonymous namespace)::adamw_update_kernel<__nv_bfloat16>", "optimizer, average"),
         ("Memcpy HtoD (Pinned -> Device)", "copies, clearing"),

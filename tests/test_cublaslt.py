@@ -106,6 +106,19 @@ def test_rows_that_the_library_might_lose_are_added_by_themselves(monkeypatch):
         products.clear()
 
 
+def test_gradients_of_a_projection(monkeypatch):
+    """The path that a GPU takes, in float64, with rows that are added by themselves and without."""
+    monkeypatch.setattr(linear.registry, "use_kernel", lambda *args: True)
+    for rows in (2051, 6):
+        given = [torch.randn(*shape).double().requires_grad_() for shape in ((rows, 3), (2, 3), (2,))]
+        dy = torch.randn(rows, 2).double()
+        want = torch.autograd.grad(F.linear(*given), given, dy)
+        for got, expected in zip(torch.autograd.grad(linear.projection(*given), given, dy), want, strict=True):
+            torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="bias"):
+        linear.projection(*given[:2], torch.zeros(3))
+
+
 @needs_gpu
 @pytest.mark.parametrize("rows, out", [(2561, 32), (4034, 32), (26_882, 1152), (76_610, 1152), (82_945, 2304)])
 def test_no_row_of_a_weight_gradient_is_lost(rows, out):

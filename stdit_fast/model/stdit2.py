@@ -225,14 +225,17 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, branch: ops.Branch, cond: Tensor) -> Tensor:
         """x [B, T, S, C] with what is left to be added, cond [B, 1 or T, C] to [B, T, S, p*q*C_out]."""
-        return self.linear(self._norm(x, branch, cond))
+        return self._project(self._norm(x, branch, cond))
 
     def forward_legacy(
         self, x: Tensor, branch: ops.Branch | None, cond: Tensor, cond_zero: Tensor, x_mask: Tensor
     ) -> Tensor:
         """Open-Sora 1.1 under an x_mask: condition frames are normalised and modulated twice."""
         z = self._norm(x, branch, cond)
-        return self.linear(torch.where(x_mask[:, :, None, None], z, self._norm(z, None, cond_zero)))
+        return self._project(torch.where(x_mask[:, :, None, None], z, self._norm(z, None, cond_zero)))
+
+    def _project(self, x: Tensor) -> Tensor:
+        return ops.projection(x, self.linear.weight, self.linear.bias, backend=self.backend)
 
     def _norm(self, x: Tensor, branch: ops.Branch | None, cond: Tensor) -> Tensor:
         modulation = self._modulation(cond)

@@ -27,12 +27,13 @@ column_sum_op = library.define(
 )
 
 
-def projection(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
-    """x W^T, a linear layer without bias, with `weight_gradient` for its weight.
+def projection(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """x W^T + b, a linear layer with `weight_gradient` for its weight.
 
     Args:
         x: [..., C_in].
         weight: [C_out, C_in].
+        bias: [C_out], or None.
         backend: "reference" leaves all to PyTorch.
 
     Returns:
@@ -43,20 +44,24 @@ def projection(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """
     expect_not_empty(NAME, "x", x)
     expect_shape(NAME, "weight", weight, ("C_out", x.shape[-1]))
-    return _Projection.apply(x, weight) if registry.use_kernel(NAME, backend, x, *weight.shape) else F.linear(x, weight)
+    if bias is not None:
+        expect_shape(NAME, "bias", bias, weight.shape[:1])
+    linear = _Projection.apply if registry.use_kernel(NAME, backend, x, *weight.shape) else F.linear
+    return linear(x, weight, bias)
 
 
 class _Projection(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight)
+        return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, weight_gradient(dy, x, weight) if ctx.needs_input_grad[1] else None
+        dweight = weight_gradient(dy, x, weight) if ctx.needs_input_grad[1] else None
+        return dx, dweight, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
 
 
 @contextmanager

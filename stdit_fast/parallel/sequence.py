@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from stdit_fast.ops.linear import weight_gradient
 from stdit_fast.parallel.groups import SequenceGroup, check_split
 
 # Tokens of a rank from which on two chunks are worth their launches.
@@ -232,7 +233,7 @@ class _ArrivingLinear(torch.autograd.Function):
         u, weight = ctx.saved_tensors
         token = ctx.transfer.send_frames(dy @ weight)
         # While that travels:
-        dweight = _weight_gradient(dy, u) if ctx.needs_input_grad[1] else None
+        dweight = weight_gradient(dy, u, weight) if ctx.needs_input_grad[1] else None
         dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return token, dweight, dbias, None
 
@@ -269,9 +270,5 @@ class _ReturnedLinear(torch.autograd.Function):
         do = dy @ weight
         # The last chunk is the first that is taken up again.
         tokens = [transfer.send_columns(do) for transfer in reversed(ctx.transfers)]
-        dweight = _weight_gradient(dy, o) if ctx.needs_input_grad[0] else None  # while those travel
+        dweight = weight_gradient(dy, o, weight) if ctx.needs_input_grad[0] else None  # while those travel
         return dweight, None, None, *tokens
-
-
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    return dy.flatten(0, -2).t() @ x.flatten(0, -2)

@@ -88,8 +88,14 @@ class Attention {
               scale,
               epsilon} {}
 
-  void forward(int device, uintptr_t stream) const {
-    raise_if_failed(stdit_attention_forward(&call_, device, reinterpret_cast<void*>(stream)));
+  int64_t forward_scratch() const {
+    int64_t bytes = 0;
+    raise_if_failed(stdit_attention_forward_scratch(&call_, &bytes));
+    return bytes;
+  }
+  void forward(uintptr_t scratch, int device, uintptr_t stream) const {
+    raise_if_failed(stdit_attention_forward(&call_, reinterpret_cast<void*>(scratch), device,
+                                            reinterpret_cast<void*>(stream)));
   }
   int64_t backward_scratch(int device) const {
     int64_t bytes = 0;
@@ -213,7 +219,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("k_weight"), py::arg("weight_dtype"), py::arg("normalise_q"), py::arg("normalise_k"),
            py::arg("sequences"), py::arg("queries"), py::arg("keys"), py::arg("heads"), py::arg("head_dim"),
            py::arg("scale"), py::arg("epsilon"), py::arg("key_starts") = 0, py::arg("packed_keys") = 0)
-      .def("forward", &Attention::forward, py::arg("device"), py::arg("stream"),
+      .def("forward_scratch", &Attention::forward_scratch)
+      .def("forward", &Attention::forward, py::arg("scratch"), py::arg("device"), py::arg("stream"),
            py::call_guard<py::gil_scoped_release>())
       .def("backward_scratch", &Attention::backward_scratch, py::arg("device"))
       .def("backward", &Attention::backward, py::kw_only(), py::arg("d_o"), py::arg("d_q"), py::arg("d_k"),

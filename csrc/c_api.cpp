@@ -64,11 +64,19 @@ int stdit_adamw_update(const stdit_adamw* optimizer, int grad_dtype, const doubl
   });
 }
 
-int stdit_attention_forward(const stdit_attention* call, int device, void* stream) {
+int stdit_attention_forward(const stdit_attention* call, void* scratch, int device, void* stream) {
   return guarded([&] {
     stdit::check_attention(*call);
+    stdit::check_attention_scratch(*call, scratch);
     const stdit::DeviceGuard guard(device);
-    stdit::attention_forward(*call, static_cast<cudaStream_t>(stream));
+    stdit::attention_forward(*call, scratch, static_cast<cudaStream_t>(stream));
+  });
+}
+
+int stdit_attention_forward_scratch(const stdit_attention* call, int64_t* bytes) {
+  return guarded([&] {
+    stdit::check_attention(*call);
+    *bytes = stdit::attention_forward_scratch(*call);
   });
 }
 

@@ -32,8 +32,8 @@ CUOBJDUMP = shutil.which("cuobjdump") or next(
 # Around the kernels' tiles: 16, 64 and 128 queries or keys, one block of 192 keys, 80, 96 and 128 keys at a time, of
 # the last of them 48 or 64; 512 keys, as many as stay in shared memory; 320 keys, of more of which the backward pass is
 # another.
-LENGTHS = [1, 2, 15, 64, 65, 80, 81, 127, 128, 129, 144, 145, 160, 161, 192, 193, 256, 300, 320, 321, 385, 390, 449]
-LENGTHS += [513, 641, 1590]
+LENGTHS = [1, 2, 15, 64, 65, 80, 81, 127, 128, 129, 144, 145, 160, 161, 192, 193, 256, 257, 300, 320, 321, 385, 390]
+LENGTHS += [449, 513, 641, 1590]
 
 
 # ------------------------------------------------------------ without a GPU
@@ -82,9 +82,20 @@ def arguments(**changes) -> dict:
 def test_calls_that_cannot_be_served_are_refused_before_any_launch(changes, message):
     call = _cuda.library().Attention(**arguments(**changes))
     with pytest.raises(RuntimeError, match=message):
-        call.forward(0, 0)
+        call.forward(0, 0, 0)
+    with pytest.raises(RuntimeError, match=message):
+        call.forward_scratch()
     with pytest.raises(RuntimeError, match=message):
         call.backward_scratch(0)
+
+
+@needs_library
+def test_scratch_memory_of_the_forward_pass():
+    short, long = (_cuda.library().Attention(**arguments(queries=n, keys=n)) for n in (300, 1590))
+    assert short.forward_scratch() == 0
+    for scratch in (0, 100):
+        with pytest.raises(RuntimeError, match="scratch memory does not begin at a multiple of 256"):
+            long.forward(scratch, 0, 0)
 
 
 @needs_library
@@ -204,6 +215,7 @@ def test_weights_too_large_for_a_bound(length):
 
 
 SIZES = [(24, 144, 16, 72), (24, 300, 16, 72), (2, 300, 3, 72), (2, 1100, 16, 72), (40, 513, 16, 72)]
+SIZES += [(40, 65, 16, 72), (24, 200, 16, 72), (24, 256, 16, 72)]
 SIZES += [(frames, length, 16, d) for d in OTHER_HEAD_DIMS for frames, length in ((24, 144), (24, 300), (16, 513))]
 
 

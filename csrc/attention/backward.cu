@@ -1,5 +1,5 @@
 // Attention's backward pass over up to 320 keys: gradients of q, k, v and of the norms' weights, repeating bit for bit.
-// Of more keys: long_backward.cu.
+// Of more keys: rounded_backward.cu, long_backward.cu. Heads that whole_backward.cu serves do not come here.
 //
 // A block keeps a block of keys (64 a consumer warpgroup), with its dk and dv in registers, and walks over tiles of
 // queries:
@@ -598,11 +598,7 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, B::kSharedBytes));
   kernel<<<plan.blocks, B::kThreads, B::kSharedBytes, stream>>>(a);
   check_launch("attention_backward_kernel");
-  if (g.d_weights != nullptr) {
-    attention_weights_kernel<D><<<1, 128, 0, stream>>>(a.weight_partials, plan.blocks, a.norm, a.norm.scale,
-                                                       g.d_weights);
-    check_launch("attention_weights_kernel");
-  }
+  sum_weights<D>(a.weight_partials, plan.blocks, a.norm, g.d_weights, stream);
 }
 
 template <int D>

@@ -2,9 +2,14 @@
 //
 // A block stays on its multiprocessor and takes a unit of work after another: 64 * Consumers queries of a head. Its
 // first warpgroup feeds the others: one thread has the copy engine bring q, and k and v in tiles of Keys rows through a
-// ring of Stages; three warps normalise k where it lies, or, of many keys, only find the factors that would, by which
-// the scores are multiplied instead; two lanes a row. Each of the other warpgroups has 64 queries, in registers, and
-// normalises them there: scores by wgmma; softmax in registers; p from registers times v. The next tile's scores are asked for before p v of this one.
+// ring of Stages; three warps, or seven, normalise k where it lies, two lanes a row. Each of the other warpgroups has
+// 64 queries, in registers, and normalises them there: scores by wgmma; softmax in registers; p from registers times v.
+// The next tile's scores are asked for before p v of this one.
+//
+// Many keys: all that a unit would do for k is too much for those warps. k comes normalised then, as an image in
+// scratch memory that a kernel before makes (key_image.h). Or, of heads that leave no columns for what the backward
+// pass needs (kRoundsLongKeys), the warps only find the factors that would normalise k, by which the scores are
+// multiplied.
 //
 // The consumers take turns at asking for products (turns.h): one has them made while the others exponentiate.
 //
@@ -20,9 +25,11 @@
 //
 // Tiles: up to 160 keys, as training's small buckets have, what counts is memory: three consumers hold all queries of a
 // sequence, 80 keys a tile waste least (144 = 80 + 64). Longer: 128 queries by 128 keys or 192 by 96 (of heads up to 80
-// wide), which take as long a tile, whichever needs fewer tiles. Of a last tile with few keys only a part is multiplied.
+// wide), which take as long a tile, whichever needs fewer tiles. Of a last tile with few keys only a part is
+// multiplied.
 //
-// Keys and values of a head stay in the ring for all its units that a block has, if they fit.
+// Keys and values of a head stay in the ring for all its units that a block has, if they fit. Ahead: a unit's first
+// scores are asked for with the last product of the one before, whose results leave meanwhile.
 //
 // Packed keys (cross attention over text): they always fit; the order of units is in units.h.
 
@@ -30,6 +37,8 @@
 #include <type_traits>
 
 #include "attention/head_dim.h"
+#include "attention/key_image.h"
+#include "attention/row_image.h"
 #include "attention/shared.h"
 #include "attention/turns.h"
 #include "attention/units.h"
@@ -39,21 +48,27 @@
 namespace stdit {
 namespace {
 
-template <int D_, int Consumers_, int Keys_, int Stages_, bool Packed_ = false>
+// Feeders: warpgroups. Imaged: k comes from an image.
+template <int D_, int Consumers_, int Keys_, int Stages_, bool Packed_ = false, bool Ahead_ = false, int Feeders_ = 1,
+          bool Imaged_ = false>
 struct Forward {
-  static constexpr bool kPacked = Packed_;
+  static constexpr bool kPacked = Packed_, kAhead = Ahead_, kImaged = Imaged_;
   static constexpr int D = D_, kConsumers = Consumers_, kKeys = Keys_, kStages = Stages_, kQueryStages = 2;
-  static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + 1);
+  static constexpr int kFeeders = Feeders_, kNormalisers = 4 * kFeeders - 1;  // warpgroups; warps
+  static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + kFeeders);
   static constexpr int kTail = kKeys == 128 || (kKeys == 80 && !kPacked) ? 64 : 48;  // keys of a narrow last tile
   using QueryTile = Tile<D, 64>;
   using KeyTile = Tile<D, kKeys>;
-  static constexpr int kFeederRegisters = kConsumers == 2 ? 72 : kPacked || kKeys == 96 || D > 80 ? 32 : 56;
-  static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
+  static constexpr int kFeederRegisters = kImaged           ? 24
+                                          : kFeeders == 2   ? 56
+                                          : kConsumers == 2 ? 72
+                                          : kPacked || kKeys == 96 || D > 80 ? 32 : 56;
+  static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters, kFeeders);
 
   struct Shared {
     alignas(1024) char q[kQueryStages][kConsumers][QueryTile::kBytes];
     alignas(1024) char o[kConsumers][QueryTile::kBytes];
-    alignas(1024) char k[kStages][KeyTile::kBytes];
+    alignas(1024) char k[kStages][kImaged ? static_cast<int>(Image<D>::bytes(kKeys)) : KeyTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
     alignas(16) float k_factors[kStages][kKeys];
     alignas(16) float weights[Fragments<D>::kColumns];
@@ -75,7 +90,7 @@ struct RunPlace {
 struct ForwardArguments {
   TileMaps q, k, v, o;  // o: in boxes of 16 rows
   NormArguments norm;
-  bool rounds_keys;       // normalised keys, in shared memory; else their factors scale the scores
+  bool rounds_keys;       // normalised keys; else their factors scale the scores
   float score_factor;     // of scores, to units of log2
   const int* key_starts;  // packed keys: [sequences + 1]
   float* lse;
@@ -85,6 +100,8 @@ struct ForwardArguments {
   int run_units;      // of a run, at most
   RunPlace step;      // from a block's run to its next
   int heads_at_once;  // packed: that neighbouring blocks work on
+  const char* key_image;  // imaged: [sequences * heads] of key_length rows
+  int key_length;
 };
 
 // A block's units where sequences have keys of their own: runs, each `step` after the one before.
@@ -157,8 +174,15 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::S
     const KeyRange keys = keys_of<F>(a, u);
     for (int key = 0; key < keys.count; key += F::kKeys) {
       s.kv_empty[kv.stage].wait(kv.parity ^ 1);
-      s.k_full[kv.stage].arrive_and_expect(F::KeyTile::kLoadBytes);
-      load_tile<D, F::kKeys>(a.k, s.k_full[kv.stage], s.k[kv.stage], keys.first + key, u.head, keys.sequence);
+      if constexpr (F::kImaged) {
+        constexpr int kBytes = sizeof(s.k[0]);
+        s.k_full[kv.stage].arrive_and_expect(kBytes);
+        const int64_t row = (static_cast<int64_t>(u.sequence) * a.heads + u.head) * a.key_length + key;
+        load_bytes(a.key_image + Image<D>::bytes(row), s.k_full[kv.stage], s.k[kv.stage], kBytes);
+      } else {
+        s.k_full[kv.stage].arrive_and_expect(F::KeyTile::kLoadBytes);
+        load_tile<D, F::kKeys>(a.k, s.k_full[kv.stage], s.k[kv.stage], keys.first + key, u.head, keys.sequence);
+      }
       s.v_full[kv.stage].arrive_and_expect(F::KeyTile::kLoadBytes);
       load_tile<D, F::kKeys>(a.v, s.v_full[kv.stage], s.v[kv.stage], keys.first + key, u.head, keys.sequence);
       kv.next();
@@ -169,7 +193,7 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::S
 // Normalises k in place, or finds the factors that would.
 template <class F>
 __device__ __forceinline__ void normalise(const ForwardArguments& a, typename F::Shared& s, int warp) {
-  Dealer dealer{warp};
+  Dealer dealer{warp, F::kNormalisers};
   RingPlace<F::kStages> kv;
   for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
     if (!u.first) continue;
@@ -181,7 +205,7 @@ __device__ __forceinline__ void normalise(const ForwardArguments& a, typename F:
       s.k_full[kv.stage].wait(kv.parity);
       if (a.norm.normalise_k) {
         dealer.deal((min(F::kKeys, a.keys - key) + 15) / 16, [&](int group) {
-          if (kHasShortBackward<F::D> && a.rounds_keys) {
+          if (kRoundsLongKeys<F::D> || (kHasShortBackward<F::D> && a.rounds_keys)) {
             scale_rows<F::D, F::kKeys>(s.k[kv.stage], group * 16, true, a.norm.epsilon, nullptr);
           } else {
             row_factors<F::D, F::kKeys>(s.k[kv.stage], group * 16, a.norm.epsilon, s.k_factors[kv.stage]);
@@ -222,19 +246,51 @@ constexpr float kSlack = 8.0f;
 template <class F, bool Bounded>
 __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::Shared& s, int consumer) {
   constexpr int D = F::D, kKeys = F::kKeys;
+  constexpr bool kAhead = F::kAhead && Bounded;
   constexpr std::integral_constant<int, kKeys> whole;
   constexpr std::integral_constant<int, F::kTail> tail;
   using QueryTile = typename F::QueryTile;
   using KeyTile = typename F::KeyTile;
   const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-  Barrier* const k_ready = F::kPacked ? s.k_full : s.k_ready;
+  Barrier* const k_ready = F::kPacked || F::kImaged ? s.k_full : s.k_ready;
   char* const o_tile = s.o[consumer];
-  const bool scales_scores = !F::kPacked && a.norm.normalise_k && !a.rounds_keys;
+  const bool scales_scores = !kRoundsLongKeys<D> && !F::kPacked && a.norm.normalise_k && !a.rounds_keys;
   const Turns<F::kPacked ? 1 : F::kConsumers> turns{consumer};  // over packed keys they cost more than they bring
   RingPlace<F::kQueryStages> q_place;
   RingPlace<F::kStages> first;  // of the run's keys
   int keys = 0, tiles = 0;
+  Fragments<D> q;
+  float scores[kKeys / 2];
+  // All of these take the width of a tile's products, kKeys or kTail.
+  const auto ask_scores = [&](auto width, int stage) {
+    constexpr int N = decltype(width)::value;
+    hold(q.x);
+    wgmma_fence();
+    if constexpr (F::kImaged) {
+      multiply_columns<N, D, kAhead>(front<N / 2>(scores), FragmentColumns{q.x}, ImageColumns<D>(s.k[stage]));
+    } else {
+      multiply_columns<N, KeyTile, kAhead>(front<N / 2>(scores), q.x, ColumnsOperand::of<KeyTile>(s.k[stage]));
+    }
+    wgmma_commit();
+  };
+  const auto bring_queries = [&] {
+    if (kRoundsLongKeys<D> || kAhead) s.q_full[q_place.stage].wait(q_place.parity);
+    q.template load<64>(s.q[q_place.stage][consumer], 16 * warp);
+    arrive_warp(s.q_empty[q_place.stage]);
+    q_place.next();
+    if (!F::kPacked && a.norm.folds()) q.scale(a.norm.normalise_q, a.norm.epsilon, s.weights);
+  };
   turns.begin();
+  if constexpr (kAhead) {
+    clear(scores);
+    if (units_of<F>(a, s).valid()) {
+      bring_queries();
+      k_ready[0].wait(0);
+      turns.take();
+      ask_scores(whole, 0);
+      turns.pass();
+    }
+  }
   for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
     if (u.first) {
       keys = keys_of<F>(a, u).count;
@@ -243,8 +299,8 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
     const bool leaves = u.last();
     const int first_query = u.unit * F::kQueries + 64 * consumer;
     RingPlace<F::kStages> kv = first;
-    s.q_full[q_place.stage].wait(q_place.parity);
-    if (first_query >= a.queries) {  // nothing to do but to let the others' tiles pass
+    if constexpr (!kAhead) s.q_full[q_place.stage].wait(q_place.parity);
+    if (!kAhead && first_query >= a.queries) {  // nothing to do but to let the others' tiles pass
       arrive_warp(s.q_empty[q_place.stage]);
       q_place.next();
       for (int tile = 0; tile < tiles; ++tile) {
@@ -258,27 +314,23 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       if (leaves) first = kv;
       continue;
     }
-    Fragments<D> q;
-    q.template load<64>(s.q[q_place.stage][consumer], 16 * warp);
-    arrive_warp(s.q_empty[q_place.stage]);
-    q_place.next();
-    if (!F::kPacked && a.norm.folds()) q.scale(a.norm.normalise_q, a.norm.epsilon, s.weights);
+    if constexpr (!kAhead && kRoundsLongKeys<D>) bring_queries();
+    if constexpr (!kRoundsLongKeys<D>) {  // as above, without the wait, which has been made
+      q.template load<64>(s.q[q_place.stage][consumer], 16 * warp);
+      arrive_warp(s.q_empty[q_place.stage]);
+      q_place.next();
+      if (!F::kPacked && a.norm.folds()) q.scale(a.norm.normalise_q, a.norm.epsilon, s.weights);
+    }
 
-    float scores[kKeys / 2], o[D / 2];
+    float o[D / 2];
     uint32_t p[kKeys / 4];
     RowState rows[2];
     rows[0].max = rows[1].max = Bounded ? 0.0f : -INFINITY;
+    if constexpr (!kAhead) {
 #pragma unroll
-    for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+      for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
+    }
 
-    // All of these take the width of a tile's products, kKeys or kTail.
-    const auto ask_scores = [&](auto width, int stage) {
-      constexpr int N = decltype(width)::value;
-      hold(q.x);
-      wgmma_fence();
-      multiply_columns<N, KeyTile>(front<N / 2>(scores), q.x, ColumnsOperand::of<KeyTile>(s.k[stage]));
-      wgmma_commit();
-    };
     // The product of the packed p with the values of a stage, on top of o.
     const auto ask_values = [&](auto width, int stage) {
       constexpr int N = decltype(width)::value;
@@ -343,11 +395,14 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       for (int i = 0; i < decltype(width)::value / 4; ++i) p[i] = pack(scores[2 * i], scores[2 * i + 1]);
     };
     const auto begin = [&] {
-      k_ready[kv.stage].wait(kv.parity);
-      turns.take();
-      ask_scores(whole, kv.stage);
-      turns.pass();
+      if constexpr (!kAhead) {
+        k_ready[kv.stage].wait(kv.parity);
+        turns.take();
+        ask_scores(whole, kv.stage);
+        turns.pass();
+      }
       wgmma_wait<0>();
+      if constexpr (kAhead) clear(o);  // not before: the compiler would have products wait for each other
       exponentiate(whole, 0, kv.stage);
       pack_scores(whole);
     };
@@ -362,7 +417,7 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       turns.pass();
       wgmma_wait<1>();
       const bool rescale = exponentiate(width, tile, kv.stage);
-      hold(front<decltype(width)::value / 2>(scores));  // while p v of the tile before is made, not after
+      if constexpr (!kRoundsLongKeys<D>) hold(front<decltype(width)::value / 2>(scores));  // before the wait
       wgmma_wait<0>();
       hold(o);
       if (leaves) arrive_warp(s.kv_empty[before.stage]);
@@ -379,7 +434,30 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
     for (int tile = 1; tile < tiles - narrow; ++tile) step(whole, tile);
     if (narrow) step(tail, tiles - 1);
     s.v_full[kv.stage].wait(kv.parity);
-    if (narrow) {
+    if constexpr (kAhead) {
+      // After the last unit the same again, which nobody looks at: one path, where the compiler sees what is under way.
+      RingPlace<F::kStages> next = first;
+      if (leaves) {
+        next = kv;
+        next.next();
+      }
+      auto after = u;
+      after.next();
+      if (after.valid()) {
+        bring_queries();
+        k_ready[next.stage].wait(next.parity);
+      } else {
+        next = first;
+      }
+      turns.take();
+      if (narrow) {
+        ask_values(tail, kv.stage);
+      } else {
+        ask_values(whole, kv.stage);
+      }
+      ask_scores(whole, next.stage);
+      turns.pass();
+    } else if (narrow) {
       ask_values(tail, kv.stage);
     } else {
       ask_values(whole, kv.stage);
@@ -395,11 +473,12 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
       inverse[h] = __fdividef(1.0f, sum);
       lse[h] = (rows[h].max + __log2f(sum)) * kLn2;
     }
-    wgmma_wait<0>();
+    wgmma_wait<kAhead ? 1 : 0>();
     hold(o);
     if (leaves) arrive_warp(s.kv_empty[kv.stage]);
     kv.next();
     if (leaves) first = kv;
+    if (kAhead && first_query >= a.queries) continue;
     store_accumulators<D, 64>(o_tile, 16 * warp, o, inverse[0], inverse[1]);
     fence_async_shared();
     __syncwarp();
@@ -415,6 +494,10 @@ __device__ __forceinline__ void consume(const ForwardArguments& a, typename F::S
         if (query < a.queries) a.lse[item * a.queries + query] = lse[h];
       }
     }
+  }
+  if constexpr (kAhead) {
+    wgmma_wait<0>();
+    hold(scores);
   }
   turns.end();
   if (lane == 0) wait_stores_read<0>();
@@ -440,7 +523,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
     for (int i = 0; i < F::kStages; ++i) {
       s.k_full[i].init(1);
       s.v_full[i].init(1);
-      s.k_ready[i].init(kNormalisers * kWarpArrivals);
+      s.k_ready[i].init(F::kNormalisers * kWarpArrivals);
       s.kv_empty[i].init(4 * F::kConsumers * kWarpArrivals);
     }
     fence_barrier_init();
@@ -453,20 +536,20 @@ __global__ void __launch_bounds__(F::kThreads, 1) attention_forward_kernel(const
   }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
-  if (group == 0) {
+  if (kRoundsLongKeys<F::D> ? group < F::kFeeders : group == 0) {
     leave_registers<F::kFeederRegisters>();
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     if (warp > 0) {
-      if (!F::kPacked) normalise<F>(a, s, warp - 1);
+      if (!F::kPacked && !F::kImaged) normalise<F>(a, s, warp - 1);
     } else if (threadIdx.x == 0) {
       produce<F>(a, s);
     }
   } else {
     take_registers<F::kConsumerRegisters>();
     if (!F::kPacked && a.norm.normalise_q && a.norm.normalise_k && F::D * largest(s.weights, F::D) <= kLargestBound) {
-      consume<F, true>(a, s, group - 1);
+      consume<F, true>(a, s, group - F::kFeeders);
     } else {
-      consume<F, false>(a, s, group - 1);
+      consume<F, false>(a, s, group - F::kFeeders);
     }
   }
 }
@@ -485,8 +568,14 @@ int count_runs(int64_t items, int units, int multiprocessors) {
   return best;
 }
 
+// Of a head's keys, in whole tiles.
 template <class F>
-void launch(const stdit_attention& call, cudaStream_t stream) {
+int64_t image_rows(const stdit_attention& call) {
+  return ceil_div(call.keys, F::kKeys) * F::kKeys;
+}
+
+template <class F>
+void launch(const stdit_attention& call, void* scratch, cudaStream_t stream) {
   ForwardArguments a{};
   a.q = make_tile_maps<F::D>(array_of(call.q), call.sequences, call.queries, call.heads, 64);
   a.k = make_tile_maps<F::D>(array_of(call.k), key_sequences(call), key_rows(call), call.heads, F::kKeys);
@@ -516,6 +605,11 @@ void launch(const stdit_attention& call, cudaStream_t stream) {
     blocks = static_cast<int>(std::min<int64_t>(items * a.runs, blocks));
     a.step = {blocks % a.runs, blocks / a.runs % a.heads, blocks / a.runs / a.heads};
   }
+  if constexpr (F::kImaged) {
+    a.key_length = static_cast<int>(image_rows<F>(call));
+    a.key_image = static_cast<char*>(scratch);
+    make_key_image<F::D>(call, static_cast<char*>(scratch), nullptr, a.key_length, stream);
+  }
   const auto kernel = attention_forward_kernel<F>;
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes));
   kernel<<<blocks, F::kThreads, F::kSharedBytes, stream>>>(a);
@@ -528,25 +622,63 @@ int64_t tiles_of(const stdit_attention& call) {
   return ceil_div(call.queries, F::kQueries) * ceil_div(call.keys, F::kKeys);
 }
 
-}  // namespace
+// Up to so many keys seven warps have the time to normalise them; of more an image is made.
+constexpr int64_t kMostKeysWithoutImage = 1100;
 
-template <int D>
-void forward(const stdit_attention& call, cudaStream_t stream) {
+// Calls f(a kernel) with the one that serves a call.
+template <int D, class F>
+void choose(const stdit_attention& call, F f) {
   using Packed = Forward<D, D <= 80 ? 3 : 2, 80, 4, true>;
   using Short = Forward<D, 3, 80, D <= 80 ? 4 : 3>;
   using Middle = Forward<D, 2, 128, D <= 80 ? 4 : 3>;
   static_assert(Packed::kKeys * Packed::kStages == kMostPackedKeys, "they stay in the ring");
-  if (call.key_starts != nullptr) return launch<Packed>(call, stream);
-  if (call.keys <= 2 * Short::kKeys) return launch<Short>(call, stream);
-  if constexpr (D <= 80) {  // wider heads' registers leave no room for a third consumer of so many keys
-    using Long = Forward<D, 3, 96, 4>;
-    // A tile of either takes as long; in the ring, once more, it costs nothing.
-    const bool stay = call.keys <= Middle::kKeys * Middle::kStages && call.keys > 2 * Long::kKeys;
-    if (!stay && tiles_of<Long>(call) < tiles_of<Middle>(call)) return launch<Long>(call, stream);
+  if (call.key_starts != nullptr) return f(Packed{});
+  if constexpr (kRoundsLongKeys<D> && D <= 80) {
+    // Ahead where all consumers have queries in all units: those that have none do as if.
+    const int64_t chunks = ceil_div(call.queries, 64);
+    if (call.keys <= 2 * Short::kKeys) {
+      if (chunks % 3 == 0) return f(Forward<D, 3, 80, 4, false, true>{});
+      return f(Short{});
+    }
+    if (call.keys <= 320) {
+      if (chunks % 2 == 0) return f(Forward<D, 2, 128, 4, false, true>{});
+      return f(Middle{});
+    }
+    if (call.keys <= kMostKeysWithoutImage) {
+      if (chunks % 2 == 0) return f(Forward<D, 2, 128, 4, false, true, 2>{});
+      return f(Forward<D, 2, 128, 4, false, false, 2>{});
+    }
+    return f(Forward<D, 3, 96, 4, false, false, 1, true>{});
+  } else {
+    if (call.keys <= 2 * Short::kKeys) return f(Short{});
+    if constexpr (D <= 80) {  // wider heads' registers leave no room for a third consumer of so many keys
+      using Long = Forward<D, 3, 96, 4>;
+      // A tile of either takes as long; in the ring, once more, it costs nothing.
+      const bool stay = call.keys <= Middle::kKeys * Middle::kStages && call.keys > 2 * Long::kKeys;
+      if (!stay && tiles_of<Long>(call) < tiles_of<Middle>(call)) return f(Long{});
+    }
+    f(Middle{});
   }
-  launch<Middle>(call, stream);
 }
 
-template void forward<STDIT_HEAD_DIM>(const stdit_attention&, cudaStream_t);
+}  // namespace
+
+template <int D>
+void forward(const stdit_attention& call, void* scratch, cudaStream_t stream) {
+  choose<D>(call, [&](auto kernel) { launch<decltype(kernel)>(call, scratch, stream); });
+}
+
+template <int D>
+int64_t forward_scratch(const stdit_attention& call) {
+  int64_t bytes = 0;
+  choose<D>(call, [&](auto kernel) {
+    using F = decltype(kernel);
+    if (F::kImaged) bytes = call.sequences * call.heads * Image<D>::bytes(image_rows<F>(call));
+  });
+  return bytes;
+}
+
+template void forward<STDIT_HEAD_DIM>(const stdit_attention&, void*, cudaStream_t);
+template int64_t forward_scratch<STDIT_HEAD_DIM>(const stdit_attention&);
 
 }  // namespace stdit

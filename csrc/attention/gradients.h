@@ -250,6 +250,32 @@ __device__ __forceinline__ void through_norm(float (&d)[D / 2], const RawRows<D>
   }
 }
 
+// The same for rows without weights that are there as they were normalised, by `factor`.
+template <int D>
+__device__ __forceinline__ void back_through_norm(float (&d)[D / 2], const RawRows<D>& normal, bool normalised,
+                                                  const float (&factor)[2], float scale) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float share = 0.0f;
+    if (normalised) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        share = fmaf(d[4 * j + 2 * h], low_half(normal.x[h][j]), share);
+        share = fmaf(d[4 * j + 2 * h + 1], high_half(normal.x[h][j]), share);
+      }
+      share += __shfl_xor_sync(~0u, share, 1);
+      share += __shfl_xor_sync(~0u, share, 2);
+      share *= 1.0f / D;
+    }
+    const float by = normalised ? factor[h] * scale : scale;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      d[4 * j + 2 * h] = by * (d[4 * j + 2 * h] - share * low_half(normal.x[h][j]));
+      d[4 * j + 2 * h + 1] = by * (d[4 * j + 2 * h + 1] - share * high_half(normal.x[h][j]));
+    }
+  }
+}
+
 // d_weights[0] = sum over blocks * k_weight * factor, d_weights[1] likewise with q_weight: both norms' weights only
 // appear as their product.
 template <int D>
@@ -262,6 +288,40 @@ __global__ void __launch_bounds__(128)
   sum *= factor;
   d_weights[i] = sum * norm.weight(norm.k_weight, i);
   d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
+}
+
+constexpr int kWeightShares = 8;
+
+// The same with more loads on their way: one block of D x kWeightShares threads; a share has every eighth of `blocks`.
+template <int D>
+__global__ void __launch_bounds__(D * kWeightShares)
+    attention_weight_shares_kernel(const float* partials, int blocks, NormArguments norm, float factor,
+                                   float* d_weights) {
+  __shared__ float shares[kWeightShares][D];
+  const int i = threadIdx.x;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int b = threadIdx.y; b < blocks; b += kWeightShares) sum += __ldg(partials + static_cast<int64_t>(b) * D + i);
+  shares[threadIdx.y][i] = sum;
+  __syncthreads();
+  if (threadIdx.y > 0) return;
+  for (int share = 1; share < kWeightShares; ++share) sum += shares[share][i];
+  sum *= factor;
+  d_weights[i] = sum * norm.weight(norm.k_weight, i);
+  d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
+}
+
+// The gradients of the weights from their sums over each block's rows; none, where they are not asked for (null).
+template <int D>
+void sum_weights(const float* partials, int blocks, const NormArguments& norm, float* d_weights, cudaStream_t stream) {
+  if (d_weights == nullptr) return;
+  if constexpr (D == 72) {
+    attention_weight_shares_kernel<D>
+        <<<1, dim3(D, kWeightShares), 0, stream>>>(partials, blocks, norm, norm.scale, d_weights);
+  } else {  // which have not run with it
+    attention_weights_kernel<D><<<1, 128, 0, stream>>>(partials, blocks, norm, norm.scale, d_weights);
+  }
+  check_launch("attention_weights_kernel");
 }
 
 }  // namespace stdit

@@ -35,24 +35,45 @@ using ServedHeadDims = HeadDims<64, 72, 80, 96>;
 template <int D>
 constexpr bool kHasShortBackward = D <= 80;
 
-// Up to so many keys their normalised rows are rounded to bfloat16 before they are multiplied; of more, what is multiplied
-// are the rows as they came, and the scores are scaled instead. Both passes must see the same scores: where keys are
-// rounded the backward pass is the one kernel's, else the two kernels'.
-constexpr int64_t kMostRoundedKeys = 320;
+// Whether one kernel that has all of a head in shared memory is there as well.
+template <int D>
+constexpr bool kHasWholeBackward = D == 72;
+
+// Which kernels serve few keys: one for all of a head's gradients, of more keys two.
+constexpr int64_t kMostShortKeys = 320;
+template <int D>
+bool is_short(const stdit_attention& call) {
+  return kHasShortBackward<D> && call.keys <= kMostShortKeys;
+}
+
+// Whether normalised keys are rounded to bfloat16 before they are multiplied. Where not, what is multiplied are the
+// rows as they came, and the scores are scaled instead. Both passes must see the same scores. Few keys always are; more
+// where products leave columns that more can be put into (row_image.h).
+template <int D>
+constexpr bool kRoundsLongKeys = D / 8 % 2 != 0;
 template <int D>
 bool rounds_keys(const stdit_attention& call) {
-  return kHasShortBackward<D> && call.keys <= kMostRoundedKeys;
+  return kRoundsLongKeys<D> || is_short<D>(call);
 }
 
 template <int D>
-void forward(const stdit_attention& call, cudaStream_t stream);  // forward.cu
+void forward(const stdit_attention& call, void* scratch, cudaStream_t stream);  // forward.cu
+template <int D>
+int64_t forward_scratch(const stdit_attention& call);
 
 // Scratch memory's bytes, and the gradients: of few keys, if kHasShortBackward (backward.cu),
 template <int D>
 int64_t short_backward_scratch(const stdit_attention& call);
 template <int D>
 void short_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
-// of any number (long_backward.cu),
+// of heads that fit on chip, if kHasWholeBackward (whole_backward.cu),
+template <int D>
+bool whole_backward_serves(const stdit_attention& call);
+template <int D>
+int64_t whole_backward_scratch(const stdit_attention& call);
+template <int D>
+void whole_backward(const stdit_attention& call, const stdit_attention_gradients& gradients, cudaStream_t stream);
+// of any number (rounded_backward.cu if kRoundsLongKeys, else long_backward.cu),
 template <int D>
 int64_t long_backward_scratch(const stdit_attention& call);
 template <int D>

@@ -1,4 +1,5 @@
-// Attention's backward pass over long sequences: gradients of q, k, v and of the norms' weights, repeating bit for bit.
+// Attention's backward pass over long sequences of heads that rounded_backward.cu does not serve: gradients of q, k, v
+// and of the norms' weights, repeating bit for bit.
 //
 // Two kernels, each of which keeps its sums in registers, so that no consumer warpgroup waits for another and nothing
 // is summed in memory. That takes seven products where one kernel needs five (backward.cu), which costs less than the
@@ -452,7 +453,7 @@ struct KeyGradient {
 
   struct Shared {
     alignas(1024) char v[2][kConsumers][KeyTile::kBytes];
-    alignas(128) char k[2][kConsumers][kGroups][Image<D>::kPaddedGroupBytes];
+    alignas(128) char k[2][kConsumers][kGroups][Image<D>::kGroupBytes];
     alignas(128) char q[kStages][kQueryBytes];
     alignas(128) char d_o[kStages][kQueryBytes];
     alignas(128) float2 rows[kStages][kQueries];  // lse in units of log2, delta
@@ -558,7 +559,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     uint32_t p16[kQueries / 4], ds16[kQueries / 4];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) d_k[i] = d_v[i] = 0.0f;
-    const PaddedImageColumns<D> k_operand(s.k[kv.stage][consumer][0]);
+    const ImageColumns<D> k_operand(s.k[kv.stage][consumer][0]);
     const TileColumns<KeyTile> v_operand(s.v[kv.stage][consumer]);
     const auto ask_scores = [&](const RingPlace<G::kStages>& place) {
       s.q_full[place.stage].wait(place.parity);
@@ -624,7 +625,7 @@ __device__ __forceinline__ void consume(const KeyArguments& a, typename G::Share
     if (all) turns.pass();
     RawRows<D> raw;
     const int key = u.first_key + own;
-    raw.read_image(s.k[kv.stage][consumer][2 * warp], Image<D>::kPaddedGroupBytes);
+    raw.read_image(s.k[kv.stage][consumer][2 * warp], Image<D>::kGroupBytes);
     arrive_warp(s.kv_empty[kv.stage]);
     kv.next();
     wgmma_wait<1>();
@@ -656,13 +657,6 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_dkv_kernel(const __g
       s.q_empty[i].init(4 * G::kConsumers * kWarpArrivals);
     }
     fence_barrier_init();
-  }
-  if constexpr (Image<G::D>::kPaddedGroupBytes > Image<G::D>::kGroupBytes) {  // zeroes, which no copy writes over
-    for (int i = threadIdx.x; i < 2 * G::kConsumers * G::kGroups * 8; i += G::kThreads) {
-      char* group = s.k[0][0][0] + i / 8 * Image<G::D>::kPaddedGroupBytes;
-      *reinterpret_cast<uint4*>(group + Image<G::D>::kGroupBytes + i % 8 * 16) = make_uint4(0, 0, 0, 0);
-    }
-    fence_async_shared();
   }
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
@@ -792,11 +786,7 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   k.row_length = plan.row_length;
   start(attention_dkv_kernel<K>, "attention_dkv_kernel", plan.key_grid, K::kThreads, K::kSharedBytes, k, stream);
 
-  if (g.d_weights != nullptr) {
-    attention_weights_kernel<D><<<1, 128, 0, stream>>>(q.weight_partials, plan.query_grid, norm, norm.scale,
-                                                       g.d_weights);
-    check_launch("attention_weights_kernel");
-  }
+  sum_weights<D>(q.weight_partials, plan.query_grid, norm, g.d_weights, stream);
 }
 
 template <int D>

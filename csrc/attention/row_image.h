@@ -1,5 +1,5 @@
-// Rows of a head as the tensor cores read them without a swizzle: 8 x 8 matrices of 128 contiguous bytes, D / 8 of them
-// for every eight rows, in a row.
+// Rows of a head as the tensor cores read them without a swizzle: 8 x 8 matrices of 128 contiguous bytes, in a row for
+// every eight rows.
 //
 // Any eight rows more are contiguous bytes more, in global memory as in shared: one bulk copy brings a tile, of
 // whatever height, where rows of D * 2 bytes lie between other heads'. And a product D wide is one instruction, where a
@@ -15,16 +15,26 @@ namespace stdit {
 template <int D>
 struct Image {
   static_assert(D % 8 == 0, "columns come in eights");
-  static constexpr int kGroupBytes = D / 8 * 128;
-  // Eight rows with one more matrix of zeroes where D is an odd number of eights, which products of 16 columns need
-  // of one of their operands.
-  static constexpr int kPaddedGroupBytes = (D + 15) / 16 * 256;
+  // Products over columns take sixteens. Where that leaves eight of them, an image has those too, as an even number of
+  // matrices for eight rows (see in_parts).
+  static constexpr bool kPads = D / 8 % 2 != 0;
+  static constexpr int kGroupBytes = (D + 15) / 16 * 256;
 
-  static __host__ __device__ constexpr int64_t bytes(int64_t rows) { return rows * D * 2; }  // of whole eights
+  static __host__ __device__ constexpr int64_t bytes(int64_t rows) {  // of whole eights
+    return kPads ? rows / 8 * kGroupBytes : rows * D * 2;
+  }
   static __device__ __forceinline__ int offset(int row, int eighth) {
     return row / 8 * kGroupBytes + eighth * 128 + row % 8 * 16;
   }
 };
+
+// What eight columns that are left can hold: numbers to be added to products, beside ones in the other operand. These
+// times ones() are x to float32's precision.
+__device__ __forceinline__ uint4 in_parts(float x) {
+  const float high = __bfloat162float(__float2bfloat16_rn(x)), middle = __bfloat162float(__float2bfloat16_rn(x - high));
+  return make_uint4(pack(high, middle), pack(x - high - middle, 0.0f), 0, 0);
+}
+__device__ __forceinline__ uint4 ones() { return make_uint4(0x3f803f80u, 0x00003f80u, 0, 0); }
 
 // How two lanes share a row of a tile, in pieces of 16 bytes, as in scale_rows: of each 64 columns the first takes the
 // left half, so that eight lanes meet no bank twice.
@@ -109,33 +119,43 @@ struct TileColumns {
   }
 };
 
-// Of an image. Where D is an odd number of eights, the last step has its eight columns twice: the other operand must
-// have zeroes there.
 template <int D>
 struct ImageColumns {
-  Operand whole, last;
-
-  __device__ __forceinline__ explicit ImageColumns(const char* image)
-      : whole(shared_address(image), Swizzle::kNone, 128, Image<D>::kGroupBytes),
-        last(shared_address(image) + D / 16 * 256, Swizzle::kNone, 0, Image<D>::kGroupBytes) {}
-  __device__ __forceinline__ Operand step(int i) const { return i < D / 16 ? whole.moved(i * 256) : last; }
-};
-
-// Of an image whose groups of eight rows are padded.
-template <int D>
-struct PaddedImageColumns {
   Operand whole;
 
-  __device__ __forceinline__ explicit PaddedImageColumns(const char* image)
-      : whole(shared_address(image), Swizzle::kNone, 128, Image<D>::kPaddedGroupBytes) {}
+  __device__ __forceinline__ explicit ImageColumns(const char* image)
+      : whole(shared_address(image), Swizzle::kNone, 128, Image<D>::kGroupBytes) {}
   __device__ __forceinline__ Operand step(int i) const { return whole.moved(i * 256); }
 };
 
+// 16 rows of an image as fragments.
+template <int D>
+__device__ __forceinline__ void load_fragments(Fragments<D>& to, const char* image, int first_row) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < to.kSteps; ++i) {
+    const uint32_t at = shared_address(image + Image<D>::offset(first_row + lane % 16, 2 * i + lane / 16));
+    load_matrices(at, to.x[4 * i], to.x[4 * i + 1], to.x[4 * i + 2], to.x[4 * i + 3]);
+  }
+}
+
+// Of fragments in registers.
+struct FragmentColumns {
+  const uint32_t* x;
+
+  __device__ __forceinline__ const uint32_t* step(int i) const { return x + 4 * i; }
+};
+
 // d[64, N] = A B^T over all D columns.
-template <int N, int D, class A, class B>
+// Kept: d keeps its registers, though not its values.
+template <int N, int D, bool Kept = false, class A, class B>
 __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const A& a, const B& b) {
   using Product = Wgmma<N, kMajorK, kMajorK>;
-  Product::start(d, a.step(0), b.step(0));
+  if constexpr (Kept) {
+    Product::restart(d, a.step(0), b.step(0));
+  } else {
+    Product::start(d, a.step(0), b.step(0));
+  }
 #pragma unroll
   for (int i = 1; i < (D + 15) / 16; ++i) Product::add(d, a.step(i), b.step(i));
 }

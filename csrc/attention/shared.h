@@ -18,9 +18,9 @@ constexpr int kMostSharedBytes = 227 * 1024;
 
 // Registers a thread that consumers can have when a block starts with as many as fit for all and the feeders keep
 // `feeder`. Asking for more than there are would wait forever.
-constexpr int consumer_registers(int consumers, int feeder) {
-  const int at_start = 65536 / (128 * (consumers + 1)) / 8 * 8;
-  return (at_start * (consumers + 1) - feeder) / consumers / 8 * 8;
+constexpr int consumer_registers(int consumers, int feeder, int feeders = 1) {
+  const int at_start = 65536 / (128 * (consumers + feeders)) / 8 * 8;
+  return (at_start * (consumers + feeders) - feeders * feeder) / consumers / 8 * 8;
 }
 
 // RMSNorm of q and k, and the scale of their product.

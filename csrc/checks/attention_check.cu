@@ -196,7 +196,8 @@ bool check(const Shape& shape, unsigned seed) {
   call.scale = 1.0f / std::sqrt(static_cast<float>(D));
   call.epsilon = kEpsilon;
   stdit::check_attention(call);
-  stdit::attention_forward(call, nullptr);
+  OnDevice<char> forward_scratch(std::vector<char>(stdit::attention_forward_scratch(call), -1));
+  stdit::attention_forward(call, forward_scratch.data, nullptr);
   OnDevice<char> scratch(std::vector<char>(stdit::attention_backward_scratch(call), -1));
   stdit_attention_gradients gradients{};
   gradients.d_o = plain(do_there.data);
@@ -282,7 +283,8 @@ bool check_packed(const PackedShape& shape, unsigned seed) {
   call.head_dim = D;
   call.scale = 1.0f / std::sqrt(static_cast<float>(D));
   stdit::check_attention(call);
-  stdit::attention_forward(call, nullptr);
+  OnDevice<char> forward_scratch(std::vector<char>(stdit::attention_forward_scratch(call), -1));
+  stdit::attention_forward(call, forward_scratch.data, nullptr);
   OnDevice<char> scratch(std::vector<char>(stdit::attention_backward_scratch(call), -1));
   stdit_attention_gradients gradients{};
   gradients.d_o = plain(do_there.data);
@@ -340,7 +342,8 @@ int main(int count, char** arguments) {
                           {2, 129, 1, true}, {1, 144, 3, true}, {1, 144, 2, false}, {1, 161, 1, true},
                           {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 321, 2, true},
                           {1, 385, 1, true}, {5, 390, 30, true}, {1, 700, 1, true}, {1, 300, 1, false},
-                          {1, 449, 1, false}};
+                          {1, 449, 1, false}, {3, 65, 130, true}, {2, 200, 70, true}, {1, 257, 2, true},
+                          {1, 256, 1, false}, {1, 1110, 1, true}};
   std::vector<int> wanted;
   for (int i = 1; i < count; ++i) wanted.push_back(std::atoi(arguments[i]));
   bool good = true;

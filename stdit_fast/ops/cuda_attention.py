@@ -59,7 +59,7 @@ def forward(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: 
     o = qkv.new_empty((sequences, positions, heads, head_dim))
     lse = qkv.new_empty((sequences, heads, positions), dtype=torch.float32)
     call, _kept = _call(qkv, q_weight, k_weight, eps, o, lse)
-    call.forward(qkv.device.index, _stream(qkv))
+    _forward(call, qkv)
     return o, lse
 
 
@@ -110,7 +110,7 @@ def cross_forward(q: Tensor, kv: Tensor, starts: Tensor, max_length: int) -> tup
     batch, positions, heads, head_dim = q.shape
     o = q.new_empty((batch, positions, heads, head_dim))
     lse = q.new_empty((batch, heads, positions), dtype=torch.float32)
-    _cross_call(q, kv, starts, max_length, o, lse).forward(q.device.index, _stream(q))
+    _forward(_cross_call(q, kv, starts, max_length, o, lse), q)
     return o, lse
 
 
@@ -136,6 +136,11 @@ def cross_backward(
         stream=_stream(q),
     )
     return d_q, d_kv
+
+
+def _forward(call, like: Tensor) -> None:
+    scratch = like.new_empty(call.forward_scratch(), dtype=torch.uint8)
+    call.forward(scratch.data_ptr(), like.device.index, _stream(like))
 
 
 def _cross_call(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor):

@@ -86,14 +86,21 @@ __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const Column
   }
 }
 
-// The same with A in registers, 16 columns after 16: as load_fragments brings them.
-template <int N, class B>
+// The same with A in registers, 16 columns after 16: as load_fragments brings them. Kept: d keeps its registers, though
+// not its values.
+template <int N, class B, bool Kept = false>
 __device__ __forceinline__ void multiply_columns(float (&d)[N / 2], const uint32_t* a, const ColumnsOperand& b) {
   static_assert(B::kBlocks > 0, "narrower heads than 64 would start with the rest");
   using Product = Wgmma<N, kMajorK, kMajorK>;
-  Product::start(d, a, b.blocks);
+  if constexpr (Kept) {
+    Product::restart(d, a, b.blocks);
+  } else {
+    Product::start(d, a, b.blocks);
+  }
 #pragma unroll
-  for (int i = 1; i < 4 * B::kBlocks; ++i) Product::add(d, a + 4 * i, b.blocks.moved(i / 4 * B::kBlockBytes + i % 4 * 32));
+  for (int i = 1; i < 4 * B::kBlocks; ++i) {
+    Product::add(d, a + 4 * i, b.blocks.moved(i / 4 * B::kBlockBytes + i % 4 * 32));
+  }
 #pragma unroll
   for (int c = 0; c < B::kChunks; ++c) Product::add(d, a + 4 * (4 * B::kBlocks + c), b.rest.moved(c * B::kChunkBytes));
 }
@@ -400,14 +407,15 @@ __device__ __forceinline__ void scale_rows(char* tile, int first_row, bool norma
 
 // Deals groups of 16 rows to the normalising warps, going on where the tile before ended.
 struct Dealer {
-  int next;  // groups until this warp's turn
+  int next;                  // groups until this warp's turn
+  int warps = kNormalisers;  // that share them
 
   // Calls scale(group) for this warp's of `count` groups.
   template <class Scale>
   __device__ __forceinline__ void deal(int count, Scale scale) {
     while (next < count) {
       scale(next);
-      next += kNormalisers;
+      next += warps;
     }
     next -= count;
   }

@@ -134,8 +134,12 @@ STDIT_API int stdit_adamw_update(const struct stdit_adamw* optimizer, int grad_d
                                  const double* loss, const struct stdit_adamw_settings* settings, int device,
                                  void* stream);
 
-// The forward pass; writes o and lse.
-STDIT_API int stdit_attention_forward(const struct stdit_attention* call, int device, void* stream);
+// The forward pass; writes o and lse. scratch: stdit_attention_forward_scratch() bytes, a multiple of 256 as address;
+// null where that is none.
+STDIT_API int stdit_attention_forward(const struct stdit_attention* call, void* scratch, int device, void* stream);
+
+// Bytes of scratch memory that the forward pass needs, in *bytes.
+STDIT_API int stdit_attention_forward_scratch(const struct stdit_attention* call, int64_t* bytes);
 
 // The backward pass; reads o and lse. Repeats bit for bit.
 STDIT_API int stdit_attention_backward(const struct stdit_attention* call,

@@ -58,10 +58,18 @@ __device__ __forceinline__ void hold(uint32_t (&d)[Count]) {
   for (int i = 0; i < Count; ++i) asm volatile("" : "+r"(d[i])::"memory");
 }
 
+// Sets accumulators to zero, at this place: not while products into others are made, which would wait for each other.
+template <int Count>
+__device__ __forceinline__ void clear(float (&d)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i])::"memory");
+}
+
 // Whether an operand in shared memory has the summed dimension (K) contiguous, or the other one.
 constexpr int kMajorK = 0, kMajorMN = 1;
 
-// start: D = A * B, which leaves nothing of D before it, so that it needs no registers until then. add: D += A * B.
+// start: D = A * B, which leaves nothing of D before it, so that it needs no registers until then; restart: the same
+// into registers that stay D's, so that it can be under way over a loop's end. add: D += A * B.
 // A is an operand in shared memory or in registers.
 template <int N, int MajorA, int MajorB>
 struct Wgmma;
@@ -103,6 +111,7 @@ struct Wgmma;
   template <int MajorA, int MajorB>                                      \
   struct Wgmma<N, MajorA, MajorB> {                                      \
     STDIT_WGMMA_FUNCTIONS(start, "=f", "ne", N, text, pick, __VA_ARGS__) \
+    STDIT_WGMMA_FUNCTIONS(restart, "+f", "ne", N, text, pick, __VA_ARGS__) \
     STDIT_WGMMA_FUNCTIONS(add, "+f", "eq", N, text, pick, __VA_ARGS__)   \
   };
 

@@ -16,6 +16,7 @@ from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.train.buckets import Buckets
 
 IMPLEMENTATIONS = ("reference", "compile", "fused")
@@ -112,6 +113,7 @@ def main() -> int:
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    leave_default_stream(torch.device(device))  # as the trainer does
     if args.memory_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * 2**30 / total))

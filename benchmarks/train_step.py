@@ -4,8 +4,9 @@
     python -m stdit_fast.benchmarks.train_step --cases 240p-16-17-features 240p-16-17-online --out train_step.jsonl
 
 A case is resolution-frames-batch-kind: `features` reads latents and text states that were encoded before, `online`
-decodes clips and encodes them. The trainer is the real one with stage 1's configuration; autoencoder and T5-XXL have
-their real size and random weights. Clips are crops of tests/data's 720p clip, captions 20 to 200 words.
+decodes clips and encodes them. With `--mixed` the cases of a kind take turns, as buckets do in training; else a case
+has all its steps in a row. The trainer is the real one with stage 1's configuration; autoencoder and T5-XXL have their
+real size and random weights. Clips are crops of tests/data's 720p clip, captions 20 to 200 words.
 
 A step lasts from one step's end to the next on the GPU's clock, waiting included; so do its parts.
 """
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -40,6 +42,7 @@ from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.encode import encode
+from stdit_fast.train.encode_ahead import EncodeAhead
 from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest
 from stdit_fast.train.trainer import Trainer
@@ -65,7 +68,8 @@ COLUMNS = (
 class Parts:
     """When the parts of a step begin and end on the current stream of the device."""
 
-    NAMES = ("data", "autoencoder", "text encoder", "forward", "backward")
+    BEFORE = ("data", "autoencoder", "text encoder")
+    NAMES = (*BEFORE, "forward", "backward")
 
     def __init__(self, device: torch.device):
         self._on_gpu = device.type == "cuda"
@@ -78,9 +82,12 @@ class Parts:
 
         def call(*args, **options):
             with record_function(name):
+                step = self._now()
+                if "backward" in step and name in self.BEFORE:  # of the next step, encoded ahead
+                    step = self._now(1)
                 begin = self._clock.now()
                 result = function(*args, **options)
-                self._now().setdefault(name, []).append((begin, self._clock.now()))
+                step.setdefault(name, []).append((begin, self._clock.now()))
             return result
 
         return call
@@ -90,18 +97,19 @@ class Parts:
         self._now()
         self.ends.append(self._clock.now())
 
-    def _now(self) -> dict[str, list]:
-        while len(self.steps) < len(self.ends):
+    def _now(self, later: int = 0) -> dict[str, list]:
+        while len(self.steps) < len(self.ends) + later:
             self.steps.append({})
-        return self.steps[len(self.ends) - 1]
+        return self.steps[len(self.ends) - 1 + later]
 
-    def milliseconds(self, skip: int) -> tuple[list[float], dict[str, float]]:
-        """(the steps' times, the parts' medians), without the first; "optimizer" is all behind the backward pass."""
+    def milliseconds(self, first: int, stride: int = 1) -> tuple[list[float], dict[str, float]]:
+        """(the steps' times, the parts' medians) of every `stride`-th step from the first on; "optimizer" is all
+        behind the backward pass."""
         if self._on_gpu:
             torch.cuda.synchronize()
-        steps = [self._between(*pair) for pair in itertools.pairwise(self.ends)][skip:]
+        steps = [self._between(*pair) for pair in itertools.pairwise(self.ends)][first::stride]
         parts = {name: [] for name in (*self.NAMES, "optimizer")}
-        for step, end in list(zip(self.steps, self.ends[1:], strict=True))[skip:]:
+        for step, end in list(zip(self.steps, self.ends[1:], strict=False))[first::stride]:
             for name in self.NAMES:
                 parts[name].append(sum(self._between(*pair) for pair in step.get(name, [])))
             parts["optimizer"].append(self._between(step["backward"][-1][1], end))
@@ -197,10 +205,12 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
     trainer = Trainer(config)
     trainer.metrics = None  # as on ranks that write none
     on_gpu = trainer.device.type == "cuda"
-    requests = {case: requests_of(trainer.data, rows[case], WARMUP + args.steps + SPARE) for case in cases}
+    count = WARMUP + args.steps + SPARE
+    requests = {case: requests_of(trainer.data, rows[case], count) for case in cases}
+    groups = [cases] if args.mixed else [[case] for case in cases]  # whose steps take turns
     loader = make_loader(
         trainer.data.dataset,
-        [request for case in cases for request in requests[case]],
+        [requests[case][i] for group in groups for i in range(count) for case in group],
         num_workers=config.dataset.num_workers,
         pin_memory=on_gpu,
         prefetch_factor=config.dataset.prefetch_factor,
@@ -209,28 +219,52 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
     originals = [(trainer.vae, "encode"), (trainer.text_encoder, "encode"), (trainer.diffusion, "training_losses")]
     originals += [(trainer.booster, "backward")]
     originals = [(owner, name, getattr(owner, name)) for owner, name in originals if hasattr(owner, name)]
-    for case in cases:
+    for group in groups:
         parts, begun = Parts(trainer.device), time.perf_counter()
         names = {"training_losses": "forward", "backward": "backward"}
         for owner, name, function in originals:
             called = names.get(name) or ("autoencoder" if owner is trainer.vae else "text encoder")
             setattr(owner, name, parts.timed(called, function))
-        own = itertools.islice(batches, len(requests[case]))
+        own = itertools.islice(batches, len(group) * count)
         fetch = parts.timed("data", lambda own=own: next(own))
         timed_batches = iter(fetch, None)
+        if config.encode_ahead and trainer.vae is not None:
+            timed_batches = EncodeAhead(timed_batches, trainer.vae, trainer.text_encoder, trainer.device)
+        seen = {case: Seen() for case in group}
         for i in range(WARMUP + args.steps):
-            if on_gpu and i == WARMUP:
-                torch.cuda.reset_peak_memory_stats()
-            trainer.train_step(timed_batches)
-            parts.step_ends()
-            if i + 1 >= WARMUP + LEAST_STEPS and time.perf_counter() - begun > args.seconds:
+            for case in group:
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                trainer.train_step(timed_batches)
+                parts.step_ends()
+                if i >= WARMUP:
+                    seen[case].add(trainer.state.model)
+            if i + 1 >= WARMUP + LEAST_STEPS and time.perf_counter() - begun > args.seconds * len(group):
                 break
-        record(case, kind, trainer, parts, args)
-        if f"{case}-{kind}" in args.trace:
-            path = Path(args.trace_to) / f"trace-{case}-{kind}.json"
-            profile_step(partial(two_steps, trainer, timed_batches), path)
-        for _ in own:  # what is left of this case's batches
+        for number, case in enumerate(group):
+            record(case, kind, trainer, parts.milliseconds(WARMUP * len(group) + number, len(group)), seen[case], args)
+        for case in group:
+            if f"{case}-{kind}" in args.trace:
+                path = Path(args.trace_to) / f"trace-{case}-{kind}.json"
+                profile_step(partial(two_steps, trainer, timed_batches), path)
+        for _ in own:  # what is left of these cases' batches
             pass
+
+
+@dataclass
+class Seen:
+    """What is to be seen of a case's steps besides times."""
+
+    peak: int = 0  # bytes
+    recomputed: int = 0  # blocks, at most
+    graphs: int = 0  # steps that ran as CUDA graphs
+
+    def add(self, model) -> None:
+        if torch.cuda.is_available():
+            beside = 0 if model.graphs is None else model.graphs.pool_bytes
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() + beside)
+        self.recomputed = max(self.recomputed, model.last_checkpointed)
+        self.graphs += model.last_graphed
 
 
 def two_steps(trainer: Trainer, batches: Iterator[dict]) -> None:
@@ -240,22 +274,22 @@ def two_steps(trainer: Trainer, batches: Iterator[dict]) -> None:
     trainer.settle()
 
 
-def record(case: str, kind: str, trainer: Trainer, parts: Parts, args) -> None:
+def record(case: str, kind: str, trainer: Trainer, found: tuple, seen: Seen, args) -> None:
     """Prints a case's line and appends its record."""
     frames, height, width, batch = parse_case(case)
-    times, of_parts = parts.milliseconds(WARMUP)
+    times, of_parts = found
     step = statistics.median(times)
     model = trainer.state.model
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-    if peak is not None and model.graphs is not None:
-        peak += model.graphs.pool_bytes / 2**30
+    peak = seen.peak / 2**30 if torch.cuda.is_available() else None
     transformer = of_parts["forward"] + of_parts["backward"]
     notes = {
         "parts": {name: round(ms, 2) for name, ms in of_parts.items()},
         "transformer_share": round(transformer / step, 4),
         "wait_share": round(of_parts["data"] / step, 4),
-        "checkpointed_blocks": model.last_checkpointed,
-        "cuda_graph": model.last_graphed,
+        "checkpointed_blocks": seen.recomputed,
+        "cuda_graph": seen.graphs == len(times),
+        "mixed": args.mixed,
+        "encode_ahead": trainer.config.encode_ahead and trainer.vae is not None,
         "workers": trainer.config.dataset.num_workers,
         "steps": len(times),
     }
@@ -278,6 +312,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of each case, after the first four")
     parser.add_argument("--seconds", type=float, default=30, help="start no further step of a case after so long")
     parser.add_argument("--workers", type=int, default=12, help="decoding processes")
+    parser.add_argument("--mixed", action="store_true", help="the cases of a kind take turns, step by step")
     parser.add_argument("--small", action="store_true", help="a small model and the embedded encoders")
     parser.add_argument("--trace", nargs="*", default=[], metavar="CASE", help="write timelines of two steps of these")
     parser.add_argument("--trace-to", default=".", help="folder for trace-CASE.json")

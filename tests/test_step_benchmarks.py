@@ -14,6 +14,23 @@ from stdit_fast.benchmarks import data, encode, readme, trace, train_step
 from stdit_fast.errors import ConfigError
 
 
+def test_steps_that_take_turns_and_encode_ahead(tmp_path):
+    """Each case has its own times and parts, though the next one's batch is encoded in its step."""
+    command = [sys.executable, "-m", "stdit_fast.benchmarks.train_step", "--small", "--workers", "0", "--steps", "3"]
+    command += ["--cases", "144p-1-1-online", "144p-16-2-online", "--mixed", "--out", tmp_path / "steps.jsonl"]
+    command += ["--", "--model.hidden_size", "48", "--encode_ahead", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    image, video = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert (image["case"], video["case"]) == ("144p-1-1-online", "144p-16-2-online")
+    for record in (image, video):
+        notes = record["notes"]
+        assert notes["steps"] == 3 and notes["mixed"] and notes["encode_ahead"] and not notes["cuda_graph"]
+        assert notes["parts"]["text encoder"] > 0 and notes["parts"]["data"] > 0
+    for part in ("autoencoder", "forward", "backward"):
+        assert image["notes"]["parts"][part] < video["notes"]["parts"][part], part
+
+
 def test_whole_steps_are_measured_and_drawn(tmp_path):
     command = [sys.executable, "-m", "stdit_fast.benchmarks.train_step", "--small", "--workers", "0", "--steps", "3"]
     command += ["--cases", "144p-1-2-features", "144p-1-2-online", "--out", tmp_path / "steps.jsonl"]

@@ -440,6 +440,13 @@ def test_encoding_ahead_changes_nothing(trainer, monkeypatch):
     assert counts[0] == counts[1] and one.truncated == plain.truncated > 0
 
 
+def test_moments_made_ahead_change_nothing(trainer):
+    plain, early = trainer("plain", steps=2), trainer("early", steps=2, share_memory=True)
+    assert not plain.optimizer.optim.state and early.optimizer.optim.state and early.optimizer.steps == 0
+    plain.train(), early.train()
+    assert losses(plain.folder) == losses(early.folder)
+
+
 def test_iddpm_speed_trains(trainer):
     one = trainer(steps=2, **{"scheduler.type": "iddpm-speed"})
     one.train()

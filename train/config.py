@@ -224,11 +224,13 @@ class TrainConfig:
         grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
             GPU's memory), false, true (all blocks), or a number of blocks.
         encode_ahead: online encoders work on the next batch while the GPU still has this step's work, on a stream of
-            their own. The same numbers; costs the memory of vae.micro_batch_size. What it gains is not measured yet.
+            their own. The same numbers; costs memory, and gains nothing where it was measured (docs/kernels.md).
         overlap_communication: with "zero2" on several ranks, gradients travel while the backward pass goes on, and
             updated weights while the next forward pass does. Within a machine of four H200s that made steps 2% longer;
             it is there for slower networks, where it has not been measured.
         cuda_graphs: run the blocks of small buckets as CUDA graphs on a GPU, once a bucket has come back twice.
+        share_memory: CUDA graphs and ordinary steps take turns in the same memory: "auto" (on one GPU), true (on any
+            number, and from the second step on, whether there are graphs or not: neither has run on a GPU yet), false.
         load: a checkpoint of ours to start another stage from; counting begins anew.
         load_optimizer: with `load`, take the optimizer's state along.
         resume: go on from the newest checkpoint in `outputs`, if there is one.
@@ -272,6 +274,7 @@ class TrainConfig:
     encode_ahead: bool = False
     overlap_communication: bool = False
     cuda_graphs: bool = True
+    share_memory: bool | typing.Literal["auto"] = "auto"
     load: str | None = None
     load_optimizer: bool = True
     resume: bool = True

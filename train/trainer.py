@@ -16,6 +16,7 @@ import torch
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import from_pixels
+from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
@@ -56,6 +57,9 @@ class Trainer:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.processes = launch(config.seed)
+        early = config.share_memory is True
+        if config.cuda_graphs and (early or (config.share_memory == "auto" and self.processes.world_size == 1)):
+            leave_default_stream(self.processes.device)  # before anything is there: memory belongs to a stream
         from colossalai.booster import Booster  # after launch, which keeps its import quiet
 
         from stdit_fast.parallel.sequence_plugins import SequenceReplicatedPlugin, SequenceShardedPlugin
@@ -76,7 +80,7 @@ class Trainer:
         model = build_model(config, self.text_encoder.channels)
         blocks = config.grad_checkpoint
         model.set_checkpointing({True: "all", False: "off"}[blocks] if isinstance(blocks, bool) else blocks)
-        model.set_cuda_graphs(config.cuda_graphs)
+        model.set_cuda_graphs(config.cuda_graphs, early)
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         sizes = np.unique(self.data.sampler.degrees).tolist()
@@ -102,6 +106,8 @@ class Trainer:
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
+        if early:
+            self.optimizer.make_state()
 
     # -------------------------------------------------------------- the loop
 
@@ -313,7 +319,8 @@ class Trainer:
 
     def _free_memory(self) -> None:
         """Gives back what nothing needs, the CUDA graphs' own memory too: they are captured anew as buckets come."""
-        self.state.model.set_cuda_graphs(self.config.cuda_graphs)
+        if self.state.model.graphs is not None:
+            self.state.model.graphs.release(after_failure=True)
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -435,6 +442,8 @@ class Trainer:
         from stdit_fast.train.sampling import write_sheets
 
         started = time.perf_counter()
+        if self.state.model.graphs is not None:
+            self.state.model.graphs.release()  # they hold nearly all memory
         samples = self.sampling.run()
         failures = [f"the sample of {s.text!r} failed ({s.error})" for s in samples if s.error]
         if self.metrics:

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from stdit_fast.model.arena import Arena
 from stdit_fast.ops import use_kernel
 
 # What a block keeps for its backward pass, in units of one value per token and channel: the residual stream four
@@ -15,29 +16,74 @@ KEPT_UNITS = 4 + 4 + 4 + 2 + 3
 _KEPT_UNITS_REFERENCE = 45
 # At the peak one block's backward pass has its gradients beside what was kept; 18 were seen.
 _WORK_UNITS = 20
-# The allocator cannot use every byte: blocks of many sizes come and go.
+# The allocator cannot use every byte: blocks of many sizes come and go. An arena is one piece.
 _FRAGMENTATION = 0.04
+_FRAGMENTATION_BESIDE_ARENA = 0.02
+_TRANSIENT_UNITS = 6  # of one block's forward pass, beside what is kept
 _FIXED = 1 << 30  # libraries' workspaces, latents
 
 
-def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, planned: int) -> int:
+def blocks_to_checkpoint(model: nn.Module, tokens: Tensor, planned: int, arena: Arena | None = None) -> int:
     """The number of blocks that must be recomputed so that the step fits on the tokens' GPU.
 
     Args:
         model: with `blocks` and `config`.
         tokens: [B, T, S, C], the input of the first block.
         planned: bytes that training holds beside activations, `training_bytes`.
+        arena: what the forward pass allocates from; None: all of the GPU's memory.
     """
-    unit = tokens.numel() * tokens.element_size()
-    kept = kept_units(model.config, tokens)
-    return blocks_for_budget(_budget(model, tokens, planned), unit, len(model.blocks), kept)
+    unit, kept, blocks = _unit(tokens), kept_units(model.config, tokens), len(model.blocks)
+    if arena is None:
+        return blocks_for_budget(_budget(model, tokens, planned), unit, blocks, kept)
+    text = text_bytes(model.config, len(tokens))
+    fitting = (count for count in range(blocks + 1) if held_in_arena(unit, blocks, kept, count, text) <= arena.usable)
+    return next(fitting, blocks)
 
 
-def room_for_activations(model: nn.Module, tokens: Tensor, planned: int, checkpointed: int) -> bool:
+def room_for_activations(
+    model: nn.Module, tokens: Tensor, planned: int, checkpointed: int, arena: Arena | None = None
+) -> bool:
     """Whether the blocks that are not recomputed can keep the activations of their MLPs too; as above."""
-    unit = tokens.numel() * tokens.element_size()
+    unit, kept, blocks = _unit(tokens), kept_units(model.config, tokens) + model.config.mlp_ratio, len(model.blocks)
+    if arena is None:
+        return needed_bytes(unit, blocks, kept, checkpointed) <= _budget(model, tokens, planned)
+    return held_in_arena(unit, blocks, kept, checkpointed, text_bytes(model.config, len(tokens))) <= arena.usable
+
+
+def held_in_arena(unit: int, blocks: int, kept: float, count: int, text: float) -> float:
+    """Bytes of a forward pass of which `count` blocks are recomputed, also in an arena; the text's keys and values."""
+    return unit * (max((blocks - count) * kept, kept) + 2 * count + _TRANSIENT_UNITS) + text
+
+
+def step_bytes(model: nn.Module, tokens: Tensor) -> float:
+    """Bytes of a forward pass in an arena where nothing is recomputed."""
     kept = kept_units(model.config, tokens) + model.config.mlp_ratio
-    return needed_bytes(unit, len(model.blocks), kept, checkpointed) <= _budget(model, tokens, planned)
+    return held_in_arena(_unit(tokens), len(model.blocks), kept, 0, text_bytes(model.config, len(tokens)))
+
+
+def work_bytes(model: nn.Module, tokens: Tensor) -> float:
+    """Bytes that a step needs outside of an arena: of the backward pass, with the gradients of keys and values of text.
+
+    Those come block by block and are joined at the end.
+    """
+    return _WORK_UNITS * _unit(tokens) + 2 * text_bytes(model.config, len(tokens))
+
+
+def graph_bytes(model: nn.Module, tokens: Tensor) -> float:
+    """Bytes of both passes' graphs in an arena, the gradients of parameters among them, which are copied from there."""
+    return step_bytes(model, tokens) + work_bytes(model, tokens) + gradient_bytes(model)
+
+
+def room_beside(model: nn.Module, device: torch.device, planned: int, arena: int = 0) -> float:
+    """Bytes for what steps need beside an arena of that size; with 0, for both."""
+    missing = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad and p.grad is None)
+    held = max(torch.cuda.memory_allocated(device) + missing, planned)
+    return (1 - _FRAGMENTATION_BESIDE_ARENA) * memory_limit(device.index) - held - _FIXED - arena
+
+
+def _unit(tokens: Tensor) -> int:
+    """Bytes of one value per token and channel."""
+    return tokens.numel() * tokens.element_size()
 
 
 def _budget(model: nn.Module, tokens: Tensor, planned: int) -> float:
@@ -45,7 +91,7 @@ def _budget(model: nn.Module, tokens: Tensor, planned: int) -> float:
     # What is there already counts as it is; what training has yet to allocate (before its first step) as planned.
     held = max(torch.cuda.memory_allocated(tokens.device), planned)
     if getattr(model, "graphs", None) is not None:
-        held += model.graphs.pool_bytes
+        held += model.graphs.reserved_bytes
     return activation_budget(memory_limit(tokens.device.index), held, text_bytes(model.config, len(tokens)))
 
 
@@ -96,8 +142,12 @@ def training_reserve(model: nn.Module) -> int:
     """Bytes of gradients, AdamW's states with float32 masters, and the average, the last two sharded over all ranks."""
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return gradients + count * (4 + 4 + 4 + 4) // ranks
+    return gradient_bytes(model) + count * (4 + 4 + 4 + 4) // ranks
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients of all parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 @lru_cache

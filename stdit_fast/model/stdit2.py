@@ -9,6 +9,7 @@ makes frames differ, so masked and unmasked passes are one path.
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +22,7 @@ from transformers import initialization as init
 
 from stdit_fast import ops
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.arena import Arena
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.model.embeddings import (
     CaptionEmbedder,
@@ -34,6 +36,8 @@ from stdit_fast.model.graphs import BlockGraphs
 from stdit_fast.model.memory import blocks_to_checkpoint, room_for_activations, training_bytes
 
 logger = logging.getLogger(__name__)
+
+_LESS_USABLE = 0.97  # of an arena, where a step that was to fit did not
 
 
 class RMSNormWeight(nn.Module):
@@ -362,15 +366,18 @@ class STDiT2(PreTrainedModel):
         modulation = torch.cat((spatial, temporal), dim=-1)
         graph = self._graph(tokens, modulation, layout) if self._has_graph(tokens, modulation) else None
         if graph is None:
-            self.last_checkpointed = self._count_checkpointed(tokens)
-            graph = None if self.last_checkpointed else self._graph(tokens, modulation, layout)
-        else:  # whatever else is in memory by now, the graph's place is its own
-            self.last_checkpointed = 0
+            arena, count = self._plan(tokens)
+            before = self._shared_arena()
+            graph = None if count else self._graph(tokens, modulation, layout)
+            if graph is None and self._shared_arena() is not before:  # made for a capture that failed
+                arena, count = self._plan(tokens)
+        # Else, whatever else is in memory by now, the graph's place is its own.
+        self.last_checkpointed = count if graph is None else 0
         self.last_graphed = graph is not None
         if graph is not None:
             tokens, branch = self.graphs.run(graph, tokens, modulation, text, layout, rotation)
         else:
-            tokens, branch = self._run_blocks(tokens, modulation, text, layout, rotation, self.last_checkpointed)
+            tokens, branch = self._run_ordinary(tokens, modulation, text, layout, rotation, count, arena)
 
         if x_mask is not None and self.config.final_layer_legacy:
             tokens = self.final_layer.forward_legacy(tokens, branch, t[:, None], (t_zero + size)[:, None], x_mask)
@@ -378,6 +385,23 @@ class STDiT2(PreTrainedModel):
             tokens = self.final_layer(tokens, branch, _select_frames(t, t_zero, x_mask))
         out = self._unpatchify(tokens, rows, columns)[..., : x.shape[3], : x.shape[4]]
         return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def _run_ordinary(self, tokens: Tensor, *args) -> tuple[Tensor, ops.Branch]:
+        """As `_run_blocks`, from the arena that its last argument is, if any.
+
+        Where that turns out to be too small, more blocks are recomputed, in this step and from now on.
+        """
+        *given, count, arena = args
+        while arena is not None:
+            try:
+                with arena.use_alone():
+                    return self._run_blocks(tokens, *given, count, arena)
+            except torch.OutOfMemoryError:  # where others take part in the step, they are in another place of it by now
+                if self.switch is not None or count == len(self.blocks):
+                    raise
+            arena.usable *= _LESS_USABLE
+            self.last_checkpointed = count = max(count + 1, self._count_checkpointed(tokens, arena))
+        return self._run_blocks(tokens, *given, count)
 
     def _run_blocks(
         self,
@@ -387,14 +411,17 @@ class STDiT2(PreTrainedModel):
         layout: ops.TextLayout,
         rotation: Tensor,
         checkpointed: int = 0,
+        arena: Arena | None = None,
     ) -> tuple[Tensor, ops.Branch]:
         """All blocks, the first `checkpointed` under checkpointing: the residual stream and what is left to be added.
+
+        The caller has this pass allocate from the `arena`, if any; recomputed blocks do so too.
 
         Args:
             x: [B, T, S, C]; modulation: [B, 1 or T, 9*C] without the blocks' tables; text: [M, C], or its keys and
                 values [M, depth, 2, H, D].
         """
-        self.last_kept_activations = self._keeps_activations(x, checkpointed)
+        self.last_kept_activations = self._keeps_activations(x, checkpointed, arena)
         cond = Conditioning(layout, rotation, self.switch, self.last_kept_activations)
         # A recomputed block's backward pass comes next, so that its activation takes no other block's place.
         recomputed = cond._replace(keep_activation=True)
@@ -412,6 +439,8 @@ class STDiT2(PreTrainedModel):
                 # No block draws random numbers, so their state need not be kept. The branch goes in as it is: added
                 # here it would be one tensor less to keep, by another kernel, whose last bits may differ.
                 options = {"use_reentrant": False, "preserve_rng_state": False}
+                if arena is not None:
+                    options["context_fn"] = lambda: (nullcontext(), arena.use())
                 x, branch = checkpoint(block, x, branch, *args, recomputed, **options)
             else:
                 x, branch = block(x, branch, *args, cond)
@@ -526,7 +555,8 @@ class STDiT2(PreTrainedModel):
 
         Args:
             blocks: "off", "all", a number of blocks, or "auto": as many as each batch needs to fit into the GPU's
-                memory (`stdit_fast.model.memory`); on the CPU none. Gradients do not depend on it.
+                memory (`stdit_fast.model.memory`); on the CPU none. Gradients do not depend on it. More than the
+                number are recomputed where memory that is shared with CUDA graphs would not hold the rest.
             reserve: with "auto", bytes that training needs beside parameters and activations; None: gradients,
                 a sharded optimizer and the average as `train` holds them (`memory.training_reserve`).
 
@@ -540,13 +570,17 @@ class STDiT2(PreTrainedModel):
             raise ConfigError("checkpointing", blocks, remedy)
         self.checkpointed_blocks, self.memory_reserve, self._training_bytes = count, reserve, None
 
-    def set_cuda_graphs(self, wanted: bool) -> None:
+    def set_cuda_graphs(self, wanted: bool, early: bool = False) -> None:
         """In training on a GPU, runs small buckets as CUDA graphs (`stdit_fast.model.graphs`).
 
         Results are the same. Each backward pass has to run before the next forward pass. Buckets that recompute blocks
-        run as usual, and so do the first steps of each.
+        run as usual, and so do the first steps of each. On a stream other than the default one
+        (`stdit_fast.model.arena.leave_default_stream`) they share memory with ordinary steps.
+
+        Args:
+            early: that memory is taken before there is a graph, in the second step.
         """
-        self.graphs = BlockGraphs(self) if wanted else None
+        self.graphs = BlockGraphs(self, early) if wanted else None
 
     def _has_graph(self, tokens: Tensor, modulation: Tensor) -> bool:
         """Whether a graph of this bucket was captured, and no number of blocks to recompute was asked for."""
@@ -554,23 +588,38 @@ class STDiT2(PreTrainedModel):
             return False
         return self.graphs.has(tokens, modulation, self.config.model_max_length)
 
-    def _count_checkpointed(self, tokens: Tensor) -> int:
+    def _plan(self, tokens: Tensor) -> tuple[Arena | None, int]:
+        """Where an ordinary step's forward pass allocates from, if not from all memory, and the blocks to recompute."""
+        shares = self.graphs is not None and self.training and torch.is_grad_enabled() and tokens.is_cuda
+        if not shares or torch.compiler.is_compiling():
+            return None, self._count_checkpointed(tokens)
+        arena = self.graphs.shared_memory(tokens, self.planned_bytes())
+        return arena, self._count_checkpointed(tokens, arena)
+
+    def _shared_arena(self) -> Arena | None:
+        return None if self.graphs is None else self.graphs.arena
+
+    def _count_checkpointed(self, tokens: Tensor, arena: Arena | None = None) -> int:
         if not torch.is_grad_enabled():
             return 0
-        if self.checkpointed_blocks != "auto":
-            return self.checkpointed_blocks
+        wanted = self.checkpointed_blocks
+        if wanted != "auto" and arena is None:
+            return wanted
         if not tokens.is_cuda:
             return 0
-        count = blocks_to_checkpoint(self, tokens, self._planned_bytes())
+        count = blocks_to_checkpoint(self, tokens, self.planned_bytes(), arena)
+        if wanted != "auto":
+            count = max(wanted, count)
         return count if self.switch is None else self.switch.agree(count)
 
-    def _keeps_activations(self, tokens: Tensor, checkpointed: int) -> bool:
+    def _keeps_activations(self, tokens: Tensor, checkpointed: int, arena: Arena | None = None) -> bool:
         """Whether there is memory for the MLPs' activations of all blocks that are not recomputed."""
         if not tokens.is_cuda or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
-        return room_for_activations(self, tokens, self._planned_bytes(), checkpointed)
+        return room_for_activations(self, tokens, self.planned_bytes(), checkpointed, arena)
 
-    def _planned_bytes(self) -> int:
+    def planned_bytes(self) -> int:
+        """Bytes that training holds beside activations."""
         if self._training_bytes is None:
             self._training_bytes = training_bytes(self, self.memory_reserve)
         return self._training_bytes

@@ -50,6 +50,11 @@ class MasterWeights(ABC):
         self._averages, self._average_decay, self._step = averages, decay, None
 
     @torch.no_grad()
+    def make_state(self) -> None:
+        """Makes the moments, unless they are there: else the first step would, amid memory that activations want."""
+        self._adamw()
+
+    @torch.no_grad()
     def guarded_step(self, numbers: Tensor) -> None:
         """Clips and updates, or leaves everything as it was where loss or gradient are not finite; clears gradients.
 

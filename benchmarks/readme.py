@@ -302,6 +302,7 @@ def tables() -> dict[str, str]:
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
+        "train_step h200": train_step_table(results / "train_step.jsonl"),
         "loading h100": loading_table(h100 / "loading.jsonl"),
         "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
         "scaling h200": scaling_table(results / "scaling.jsonl"),

@@ -329,7 +329,7 @@ class _Graph:
 
 
 def _copy(gradients: Sequence[Tensor | None], buffers: list[Tensor]) -> None:
-    """Gradients or results into the buffers, unless they lie there already; zeros where there is none. In few launches."""
+    """Gradients or results into buffers in which they do not lie already; zeros where there is none. Few launches."""
     pairs = [(b, g) for b, g in zip(buffers, gradients, strict=True) if g is not None and g.data_ptr() != b.data_ptr()]
     # One that lies otherwise, or has another dtype, would have all of them copied one by one.
     alike = [(b, g) for b, g in pairs if g.stride() == b.stride() and g.dtype == b.dtype]

@@ -179,9 +179,10 @@ def test_registered_ops():
         qkv = randn(2, positions, 2, 3, 2, 8).requires_grad_()
         table = angles(positions, 8)
         op, backward_op = temporal_attention_long._op, temporal_attention_long._backward_op
-        check_op(op, qkv, *w, table, False, EPS)
+        bias = randn(3 * 2 * 8, seed=4).requires_grad_() if normed else None
+        check_op(op, qkv, *w, table, False, EPS, bias)
         with torch.no_grad():
-            o, lse = op(qkv, *w, table, True, EPS)
+            o, lse = op(qkv, *w, table, True, EPS, bias)
             check_op(backward_op, randn(*o.shape, seed=3), qkv.detach(), *w, table, o, lse, True, EPS)
 
 

@@ -74,6 +74,13 @@ __device__ __forceinline__ void write_row_sums(const RowArguments& a, int64_t bl
   }
 }
 
+// Accumulators as an operand of the next product.
+template <int Count>
+__device__ __forceinline__ void pack_all(uint32_t (&to)[Count], const float (&from)[2 * Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) to[i] = pack(from[2 * i], from[2 * i + 1]);
+}
+
 // Two rows of an array, of which each thread has the columns that it has of accumulators.
 struct RowPair {
   __nv_bfloat16* row[2];
@@ -274,6 +281,27 @@ __device__ __forceinline__ void back_through_norm(float (&d)[D / 2], const RawRo
       d[4 * j + 2 * h + 1] = by * (d[4 * j + 2 * h + 1] - share * high_half(normal.x[h][j]));
     }
   }
+}
+
+// Writes rows of dq: d holds the gradient of the normalised rows, whose weights in shared memory hold the scale, in
+// units of log2. `weight_sums` as in through_norm.
+template <int D, bool AtOnce = false>
+__device__ __forceinline__ void write_query_gradient(float (&d)[D / 2], const RawRows<D>& raw, const RowPair& out,
+                                                     const NormArguments& norm, const float* weights,
+                                                     bool sums_weights, float* weight_sums) {
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) {
+    if (!out.there[i / 2 % 2]) d[i] = 0.0f;
+  }
+  through_norm<D>(d, raw, norm.normalise_q, norm.epsilon, weights, kLn2, sums_weights, weight_sums);
+  write_rows<D, AtOnce>(d, out);
+}
+
+// What queries are multiplied with, and zeroes for the sums of each consumer warp, by all threads of a block.
+template <int Threads, int D, int Warps>
+__device__ __forceinline__ void begin_weights(float (&weights)[D], float (&sums)[Warps][D], const NormArguments& norm) {
+  for (int i = threadIdx.x; i < D; i += Threads) weights[i] = norm.weight(i) * norm.scale * kLog2E;
+  for (int i = threadIdx.x; i < Warps * D; i += Threads) (&sums[0][0])[i] = 0.0f;
 }
 
 // d_weights[0] = sum over blocks * k_weight * factor, d_weights[1] likewise with q_weight: both norms' weights only

@@ -236,6 +236,15 @@ __device__ __forceinline__ void clear_rest(const QueryArguments<G::D>& a, const 
   }
 }
 
+// Zeroes for keys that are not there, `keys` and those that follow, of a tile that begins with key `first`.
+template <int Keys>
+__device__ __forceinline__ void mask_keys(float (&ds)[Keys / 2], int first, int keys) {
+#pragma unroll
+  for (int i = 0; i < Keys / 2; ++i) {
+    if (first + 8 * (i / 4) + 2 * static_cast<int>(threadIdx.x % 4) + i % 2 >= keys) ds[i] = 0.0f;
+  }
+}
+
 // What a consumer does with its units, normalising their queries itself: each file's own.
 template <class G>
 __device__ __forceinline__ void consume(const QueryArguments<G::D>& a, typename G::Shared& s, int consumer);
@@ -245,16 +254,10 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_dq_kernel(const __gr
   extern __shared__ char dynamic[];
   auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      s.q_full[i].init(1);
-      s.q_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
+    init_ring(s.q_full, s.q_empty, G::kConsumers);
     s.o_full.init(1);
     s.o_empty.init(4 * G::kConsumers * kWarpArrivals);
-    for (int i = 0; i < G::kStages; ++i) {
-      s.kv_full[i].init(1);
-      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
+    init_ring(s.kv_full, s.kv_empty, G::kConsumers);
     fence_barrier_init();
   }
   for (int i = threadIdx.x; i < G::D; i += G::kThreads) {
@@ -376,14 +379,8 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_dkv_kernel(const __g
   extern __shared__ char dynamic[];
   auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      s.kv_full[i].init(1);
-      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
-    for (int i = 0; i < G::kStages; ++i) {
-      s.q_full[i].init(1);
-      s.q_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
+    init_ring(s.kv_full, s.kv_empty, G::kConsumers);
+    init_ring(s.q_full, s.q_empty, G::kConsumers);
     fence_barrier_init();
   }
   __syncthreads();

@@ -253,10 +253,7 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dq_kernel(con
   if (threadIdx.x == 0) {
     s.q_full.init(1);
     s.q_empty.init(4 * G::kConsumers * kWarpArrivals);
-    for (int i = 0; i < G::kStages; ++i) {
-      s.kv_full[i].init(1);
-      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
+    init_ring(s.kv_full, s.kv_empty, G::kConsumers);
     fence_barrier_init();
   }
   if (threadIdx.x < 64) find_range(s.range, a.key_starts, a.sequences, a.units, a.heads_at_once, G::kKeys);
@@ -578,14 +575,8 @@ __global__ void __launch_bounds__(G::kThreads, 1) attention_packed_dkv_kernel(co
   extern __shared__ char dynamic[];
   auto& s = *reinterpret_cast<typename G::Shared*>(aligned_1024(dynamic));
   if (threadIdx.x == 0) {
-    for (int i = 0; i < 2; ++i) {
-      s.kv_full[i].init(1);
-      s.kv_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
-    for (int i = 0; i < G::kStages; ++i) {
-      s.q_full[i].init(1);
-      s.q_empty[i].init(4 * G::kConsumers * kWarpArrivals);
-    }
+    init_ring(s.kv_full, s.kv_empty, G::kConsumers);
+    init_ring(s.q_full, s.q_empty, G::kConsumers);
     fence_barrier_init();
   }
   if (threadIdx.x < 64) {

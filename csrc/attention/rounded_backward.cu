@@ -115,16 +115,7 @@ __device__ __forceinline__ void consume(const QueryArguments<G::D>& a, typename 
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) dp[i] = (dp[i] - rows[i / 2 % 2].y) * exp2_approx(p[i]);
     };
-    const auto mask_end = [&] {  // keys that are not there, of the last tile
-#pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) {
-        if ((tiles - 1) * kKeys + 8 * (i / 4) + 2 * (lane % 4) + i % 2 >= a.keys) dp[i] = 0.0f;
-      }
-    };
-    const auto pack_gradient = [&] {
-#pragma unroll
-      for (int i = 0; i < kKeys / 4; ++i) ds16[i] = pack(dp[2 * i], dp[2 * i + 1]);
-    };
+    const auto mask_end = [&] { mask_keys<kKeys>(dp, (tiles - 1) * kKeys, a.keys); };  // of the last tile
 
     // Asks for a tile's scores and the sums of the one before. The last tile's mask is kept out of the loop.
     const auto next_tile = [&](bool last) {
@@ -141,14 +132,14 @@ __device__ __forceinline__ void consume(const QueryArguments<G::D>& a, typename 
       wgmma_wait<0>();
       hold(d_q);
       arrive_warp(s.kv_empty[before]);
-      pack_gradient();
+      pack_all(ds16, dp);
     };
 
     wgmma_wait<0>();
     clear(d_q);  // not before: the compiler would have products wait for each other
     differentiate();
     if (tiles == 1) mask_end();
-    pack_gradient();
+    pack_all(ds16, dp);
     for (int tile = 1; tile < tiles - 1; ++tile) next_tile(false);
     if (tiles > 1) next_tile(true);
     arrive_warp(s.q_empty[q.stage]);
@@ -165,13 +156,7 @@ __device__ __forceinline__ void consume(const QueryArguments<G::D>& a, typename 
     hold(d_q);
     arrive_warp(s.kv_empty[last_stage]);
     const RowPair out(a.d_q, u.sequence, u.head, query, a.queries);
-#pragma unroll
-    for (int i = 0; i < D / 2; ++i) {
-      if (!out.there[i / 2 % 2]) d_q[i] = 0.0f;
-    }
-    // The weights in shared memory hold the scale, in units of log2.
-    through_norm<D>(d_q, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, sums_weights, weight_sums);
-    write_rows<D, true>(d_q, out);
+    write_query_gradient<D, true>(d_q, raw, out, a.norm, s.weights, sums_weights, weight_sums);
   }
   wgmma_wait<0>();
   hold(p);

@@ -117,6 +117,15 @@ __device__ __forceinline__ Place place_of(int part, int parts, int sequences, Un
   return {sequences, 0};
 }
 
+// Barriers for a ring of places that one thread fills and all warps of `consumers` warpgroups empty.
+template <int Places>
+__device__ __forceinline__ void init_ring(Barrier (&full)[Places], Barrier (&empty)[Places], int consumers) {
+  for (int i = 0; i < Places; ++i) {
+    full[i].init(1);
+    empty[i].init(4 * consumers * kWarpArrivals);
+  }
+}
+
 __device__ __forceinline__ char* aligned_1024(char* p) {
   const uint32_t address = shared_address(p);
   return p + ((1024 - address % 1024) % 1024);

@@ -422,13 +422,7 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
         }
       }
       const RowPair out(a.d_q, h.sequence, h.head, first_row, a.queries);
-#pragma unroll
-      for (int i = 0; i < D / 2; ++i) {
-        if (!out.there[i / 2 % 2]) d_first[i] = 0.0f;
-      }
-      // The weights in shared memory hold the scale, in units of log2.
-      through_norm<D>(d_first, raw, a.norm.normalise_q, a.norm.epsilon, s.weights, kLn2, sums_weights, weight_sums);
-      write_rows<D, true>(d_first, out);
+      write_query_gradient<D, true>(d_first, raw, out, a.norm, s.weights, sums_weights, weight_sums);
     }
   };
   while (at.valid(a)) {
@@ -464,8 +458,7 @@ __global__ void __launch_bounds__(W::kThreads, 1) attention_whole_kernel(const _
     }
     fence_barrier_init();
   }
-  for (int i = threadIdx.x; i < W::D; i += W::kThreads) s.weights[i] = a.norm.weight(i) * a.norm.scale * kLog2E;
-  for (int i = threadIdx.x; i < 4 * W::kConsumers * W::D; i += W::kThreads) (&s.weight_sums[0][0])[i] = 0.0f;
+  begin_weights<W::kThreads>(s.weights, s.weight_sums, a.norm);
   __syncthreads();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {

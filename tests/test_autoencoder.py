@@ -233,7 +233,7 @@ def test_missing_folder_is_said_at_once(tmp_path):
     for name in (str(tmp_path / "absent"), "./absent", "../weights/vae", "a/b/c", "~/absent", "tests/absent", ""):
         with pytest.raises(ConfigError, match="no such folder") as error:
             load_autoencoder(name)
-        assert (error.value.key, error.value.value) == ("encoders.autoencoder", name)
+        assert (error.value.key, error.value.value) == ("name_or_path", name)
     assert time.monotonic() - start < 5
 
 

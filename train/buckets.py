@@ -133,7 +133,7 @@ class Buckets:
             if len(names) < len(table):
                 raise ConfigError("buckets", list(table), "a resolution stands there twice.")
             if name not in known:
-                raise ConfigError("buckets", name, f"there is no such resolution: {nearest(name, known)}.")
+                raise ConfigError("buckets", name, f"there is no such resolution: {nearest(name, known)}")
         self._buckets: list[Bucket] = []
         self._siblings: list[range] = []
         self._levels: list[_Level] = []

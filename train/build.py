@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 from stdit_fast.diffusion import IDDPM, SCHEDULES, MaskGenerator
 from stdit_fast.encoders import load_autoencoder, load_text_encoder
-from stdit_fast.errors import ConfigError
+from stdit_fast.encoders.weights import load_pretrained
+from stdit_fast.errors import ConfigError, renamed
 from stdit_fast.model.config import LEGACY_KEYS
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.ops.registry import REFERENCE
@@ -169,16 +170,19 @@ def build_model(config: TrainConfig, caption_channels: int) -> STDiT2:
     wanted = model_config(config, caption_channels)
     source = config.model.from_pretrained
     if source is None:
-        return STDiT2(wanted)
-    kind = _weights_format(config)
-    if kind == "pixart":
-        model = STDiT2.from_pixart(source, wanted)
-    elif kind == "open-sora":
-        model = STDiT2.from_open_sora(source, backend=config.model.backend)
-    else:
-        if not Path(source).exists() and source.count("/") != 1:
-            raise ConfigError("model.from_pretrained", source, "there is no such folder")
-        model = STDiT2.from_pretrained(source, backend=config.model.backend, dtype=torch.float32)
+        with renamed({"backend": "model.backend"}):
+            return STDiT2(wanted)
+    kind, backend, key = _weights_format(config), config.model.backend, "model.from_pretrained"
+    with renamed({"checkpoint": key, "backend": "model.backend"}):
+        if kind == "pixart":
+            model = STDiT2.from_pixart(source, wanted)
+        elif kind == "open-sora":
+            model = STDiT2.from_open_sora(source, backend=backend)
+        else:
+            options = {"backend": backend, "dtype": torch.float32}
+            model = load_pretrained(
+                key, source, lambda path, local: STDiT2.from_pretrained(path, local_files_only=local, **options)
+            )
     for key in ("hidden_size", "depth", "num_heads", "caption_channels", "in_channels", "qk_norm", "model_max_length"):
         found, want = getattr(model.config, key), getattr(wanted, key)
         if found != want:

@@ -65,12 +65,19 @@ class Checkpoints:
     Args:
         folder: where they lie.
         keep: how many of the newest stay.
+
+    Raises:
+        ConfigError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path, keep: int, processes: Processes):
         self.folder, self.keep, self.processes = Path(folder), keep, processes
         if processes.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                remedy = f"no folder can be made there ({error}); name another"
+                raise ConfigError("outputs", str(self.folder.parent), remedy) from error
             for debris in self.folder.glob(".*ing-step-*"):
                 shutil.rmtree(debris)
 
@@ -120,6 +127,21 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
 
+def find(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(path)
+    if (path / "checkpoints").is_dir():
+        path = newest_checkpoint(path / "checkpoints") or path
+    if not (path / "state.json").is_file():
+        remedy = "it holds no state.json; give a folder like checkpoints/step-00000500"
+        raise ConfigError("checkpoint", str(path), remedy)
+    return path
+
+
 def load(path: str | Path, state: TrainState, *, with_optimizer: bool = True) -> dict:
     """Fills model, EMA and, if wanted, the optimizer's moments from a checkpoint of any world size or plugin.
 
@@ -129,18 +151,14 @@ def load(path: str | Path, state: TrainState, *, with_optimizer: bool = True) ->
     Raises:
         ConfigError: no checkpoint there, an unreadable file, or weights that do not fit, with the list.
     """
-    path = Path(path)
-    if (path / "checkpoints").is_dir():  # the folder of a run stands for its newest checkpoint
-        path = newest_checkpoint(path / "checkpoints") or path
-    if not (path / "state.json").is_file():
-        remedy = "it holds no state.json; give a folder like checkpoints/step-00000500"
-        raise ConfigError("checkpoint", str(path), remedy)
+    path = find(path)
     progress = json.loads((path / "state.json").read_text())
     names, optimizer = state.names, state.optimizer
     weights = _read(path / "model" / "model.safetensors")
     mismatch = Mismatch.between(weights, state.model)
     if mismatch:
-        raise ConfigError("checkpoint", str(path), mismatch.describe())
+        remedy = f"{mismatch.describe()}. Use the model's settings of its state.json, or another folder"
+        raise ConfigError("checkpoint", str(path), remedy)
     optimizer.load_masters([weights[name] for name in names])
     for name, buffer in state.model.named_buffers():
         buffer.copy_(weights[name])

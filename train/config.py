@@ -5,6 +5,7 @@ Names follow Open-Sora's own configs where it has them (`dataset`, `vae`, `text_
 """
 
 import dataclasses
+import importlib.util
 import logging
 import math
 import sys
@@ -16,9 +17,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from stdit_fast.arguments import check_output_folder, check_range, parser_error
 from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.encoders.autoencoder import check_micro_batch_size
-from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.encoders.weights import check_name
+from stdit_fast.errors import ConfigError, nearest, renamed
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.parallel.processes import launched_processes
 from stdit_fast.train import bucket_tables
@@ -31,8 +34,14 @@ logger = logging.getLogger(__name__)
 
 PLUGINS = ("auto", "zero2", "zero2-seq", "ddp")
 DTYPES = ("auto", "bf16", "fp32")
+MIN_TIMESTEPS = 21  # the last beta is 20 / num_timesteps
 MODEL_FORMATS = ("auto", "stdit-fast", "open-sora", "pixart")
 WEIGHTINGS = ("batch", "sample")
+# What other trainers call it, and what stands here for it.
+OTHER_NAMES = {
+    **{"learning_rate": "lr", "batch_size": "buckets", "epochs": "steps", "num_epochs": "steps", "max_steps": "steps"},
+    **{"output_dir": "outputs", "data": "dataset.data_path", "gradient_checkpointing": "grad_checkpoint"},
+}
 
 
 @dataclass
@@ -315,8 +324,8 @@ def parse(
     parser.add_class_arguments(TrainConfig)
     try:
         parsed = parser.parse_args(arguments)
-    except Exception as error:  # argparse's, jsonargparse's and yaml's own error types, told apart by their text only
-        raise _explain(error) from error
+    except Exception as error:  # argparse's, jsonargparse's and yaml's own error types
+        raise parser_error(error, known_keys()) from error
     parsed.pop("config", None)
     config = _to_dataclass(TrainConfig, parser.instantiate(parsed))
     if checked:
@@ -361,7 +370,10 @@ def _check_config_files(arguments: list[str]) -> None:
         name, _, value = argument.partition("=")
         if name != "--config":
             continue
-        path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
+        value = value or "".join(arguments[i + 1 : i + 2])
+        if not value:
+            raise ConfigError("--config", None, "a YAML file must follow it, see train/configs/")
+        path = Path(value)
         content = read_yaml("--config", path, "give a YAML file, see train/configs/")
         _check_keys(content, TrainConfig, "", str(path))
 
@@ -383,8 +395,11 @@ def _check_keys(content: dict, cls: type, prefix: str, source: str) -> None:
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
     for key, value in content.items():
         if key not in fields:
-            raise ConfigError(f"{prefix}{key}", value, f"{source} has an unknown key; {nearest(key, fields)}")
-        if dataclasses.is_dataclass(fields[key]) and isinstance(value, dict):
+            raise ConfigError(f"{prefix}{key}", value, f"{source} has an unknown key; {_meant(key, fields)}")
+        if dataclasses.is_dataclass(fields[key]):
+            if not isinstance(value, dict):
+                names = ", ".join(f.name for f in dataclasses.fields(fields[key]))
+                raise ConfigError(f"{prefix}{key}", value, f"{source} should have keys and values there: {names}")
             _check_keys(value, fields[key], f"{prefix}{key}.", source)
 
 
@@ -396,14 +411,12 @@ def _check_command_line(arguments: list[str]) -> None:
         if not argument.startswith("--") or key in ("config", "help") or key.startswith("print_"):
             continue
         if key not in known and not key.startswith(("buckets.", "mask_ratios.", "sequence_parallel.")):
-            raise ConfigError(key, "command line", f"there is no such key; {nearest(key, known)}")
+            raise ConfigError(key, "command line", f"there is no such key; {_meant(key, known)}")
 
 
-def _explain(error: Exception) -> ConfigError:
-    """A parser's error as ours."""
-    text = " ".join(str(error).split())
-    key = next((k for k in sorted(known_keys(), key=len, reverse=True) if f'"{k}"' in text), "config")
-    return ConfigError(key, "as given", text)
+def _meant(key: str, known: typing.Iterable[str]) -> str:
+    """A phrase that offers the key that was meant."""
+    return f"did you mean {OTHER_NAMES[key]!r}?" if key in OTHER_NAMES else nearest(key, known)
 
 
 # ------------------------------------------------------------------ checking
@@ -440,8 +453,13 @@ def check(config: TrainConfig) -> None:
     _check_range(config, "dead_after", 1)
     _check_range(config, "hang_timeout", 1)
     _check_range(config, "lr", 0)
+    _check_range(config, "adam_eps", 0)
+    if not all(0 <= beta < 1 for beta in config.adam_betas):
+        raise ConfigError("adam_betas", config.adam_betas, "use two values from 0 to below 1, such as [0.9, 0.999]")
     _check_range(config, "ema_decay", 0, 1)
     _check_range(config, "dataset.max_bad_share", 0, 1)
+    _check_range(config, "scheduler.num_timesteps", MIN_TIMESTEPS)
+    _check_range(config, "text_encoder.model_max_length", 2)
     check_micro_batch_size("vae.micro_batch_size", config.vae.micro_batch_size)
     if config.plugin in ("zero2", "zero2-seq") and config.dtype == "fp32":
         remedy = f"{config.plugin} trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp"
@@ -457,10 +475,26 @@ def check(config: TrainConfig) -> None:
         raise ConfigError("grad_checkpoint", blocks, f"use auto, false, true or 0 to model.depth = {depth}")
     if config.dataset.data_path is None:
         raise ConfigError("dataset.data_path", None, "name the metadata table (CSV or Parquet) of the training samples")
-    for key in ("dataset.data_path", "validation.data_path", "load"):
+    for key, what in (
+        ("dataset.data_path", "file; name a metadata table, CSV or Parquet"),
+        ("validation.data_path", "file; name a metadata table, CSV or Parquet"),
+        ("load", "folder; name a run, or one of its checkpoints"),
+    ):
         path = get(config, key)
         if path is not None and not Path(path).exists():
-            raise ConfigError(key, path, "there is no such file")
+            raise ConfigError(key, path, f"there is no such {what}")
+    if config.features.validation_path is not None and config.validation.data_path is None:
+        remedy = "it would not be read; name the table that it was made of, validation.data_path, or leave it out"
+        raise ConfigError("features.validation_path", config.features.validation_path, remedy)
+    if config.load is not None:
+        from stdit_fast.train import checkpoint  # brings in the model
+
+        with renamed({"checkpoint": "load"}):
+            checkpoint.find(config.load)
+    check_weights(config, encoders=config.features.path is None or config.sampling.every > 0)
+    check_output_folder("outputs", config.outputs)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb", True, "it is not installed; run `pip install wandb`, or use wandb: false")
     MaskGenerator(config.mask_ratios)
     make_buckets(config)
     model_config(config, caption_channels=1)
@@ -468,6 +502,18 @@ def check(config: TrainConfig) -> None:
         from stdit_fast.train.sampling import check_sampling  # brings in diffusers' pipelines, which take seconds
 
         check_sampling(config)
+
+
+def check_weights(config: TrainConfig, *, encoders: bool) -> None:
+    """Refuses weights that are named by a path where nothing lies, before the data is read, which may take long.
+
+    Args:
+        encoders: whether they are loaded; training on features knows them by name only.
+    """
+    keys = ("model", "vae", "text_encoder") if encoders else ("model",)
+    for key in (f"{part}.from_pretrained" for part in keys):
+        if (name := get(config, key)) is not None:
+            check_name(key, name)
 
 
 def get(config: TrainConfig, key: str):
@@ -479,10 +525,7 @@ def get(config: TrainConfig, key: str):
 
 
 def _check_range(config: TrainConfig, key: str, low: float, high: float = math.inf) -> None:
-    value = get(config, key)
-    if not low <= value <= high:
-        bounds = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
-        raise ConfigError(key, value, f"use a value {bounds}")
+    check_range(key, get(config, key), low, high)
 
 
 def make_buckets(config: TrainConfig) -> Buckets:
@@ -548,12 +591,13 @@ def model_config(config: TrainConfig, caption_channels: int) -> STDiT2Config:
     keys = {f.name for f in dataclasses.fields(ModelConfig)} - {"from_pretrained", "format"}
     chosen = {key: getattr(config.model, key) for key in keys}
     legacy = {key: bool(chosen.pop(key)) for key in ("qk_norm_legacy", "final_layer_legacy")}
-    return STDiT2Config(
-        **chosen,
-        **legacy,
-        caption_channels=caption_channels,
-        model_max_length=config.text_encoder.model_max_length,
-    )
+    with renamed({key: f"model.{key}" for key in keys}):
+        return STDiT2Config(
+            **chosen,
+            **legacy,
+            caption_channels=caption_channels,
+            model_max_length=config.text_encoder.model_max_length,
+        )
 
 
 def to_dict(config: TrainConfig) -> dict:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from stdit_fast.arguments import check_output_folder
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, draw_latents
 from stdit_fast.encoders.text import TextEncoder
 from stdit_fast.errors import ConfigError
@@ -33,7 +34,7 @@ from stdit_fast.media.read import BadSample
 from stdit_fast.parallel.processes import Processes, launch
 from stdit_fast.train.bad_samples import BadSamples, TooManyBadSamples
 from stdit_fast.train.build import build_encoders, encoder_dtype
-from stdit_fast.train.config import TrainConfig, get, make_buckets, parse
+from stdit_fast.train.config import TrainConfig, check_weights, get, make_buckets, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.encode_plan import BYTES_BESIDE, ClipDataset, Plan
 from stdit_fast.train.features import (
@@ -151,6 +152,8 @@ def prepare(config: TrainConfig, processes: Processes) -> Job:
     """
     if config.features.path is None:
         raise ConfigError("features.path", None, "name the folder that the features shall lie in")
+    check_weights(config, encoders=True)
+    check_output_folder("features.path", config.features.path)
     folder = Path(config.features.path)
     begun = read_about(folder)
     if begun is not None:

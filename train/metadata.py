@@ -137,6 +137,9 @@ def load_metadata(
             numbers[name][missing] = np.where(given == 0, found[name], given)
         numbers["num_frames"][missing[found["num_frames"] == 0]] = 0
         unreadable = tuple(Unreadable(int(missing[i]), *rest) for i, *rest in lookup.unreadable())
+        if unreadable and progress:
+            first = f"{unreadable[0].path} ({unreadable[0].reason})"
+            log.warning("%s: %d of %d files cannot be read; the first: %s", path, len(unreadable), len(table), first)
     numbers["fps"][numbers["fps"] == 0] = DEFAULT_FPS
     return Metadata(table["path"], table["text"], **numbers, folder=folder, unreadable=unreadable)
 

@@ -207,7 +207,7 @@ def load_autoencoder(
     dtype: torch.dtype = torch.float32,
     micro_batch_size: int | str | None = None,
     backend: str = "auto",
-    key: str = "encoders.autoencoder",
+    key: str = "name_or_path",
 ) -> FrameAutoencoder:
     """The frozen video autoencoder.
 

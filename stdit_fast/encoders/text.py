@@ -114,7 +114,7 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    key: str = "encoders.text_encoder",
+    key: str = "name_or_path",
 ) -> TextEncoder:
     """The frozen text encoder.
 
@@ -131,7 +131,7 @@ def load_text_encoder(
         ConfigError: the weights or the tokenizer cannot be found, read, or do not fit.
     """
     if max_length < 2:
-        raise ConfigError("encoders.max_length", max_length, "a caption needs at least 2 tokens; T5's training had 200")
+        raise ConfigError("max_length", max_length, "a caption needs at least 2 tokens; T5's training had 200")
     if name_or_path == MINILM:
         from stdit_fast.encoders.minilm import MiniLMEmbeddings  # brings in diffusers' models, which takes seconds
 

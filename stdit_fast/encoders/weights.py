@@ -27,8 +27,7 @@ def load_pretrained(key: str, name_or_path: str, load: Callable[[str, bool], T])
         return _report(key, name_or_path, lambda: load(str(folder), True))
     if folder.is_file():
         raise ConfigError(key, name_or_path, "this is a file; give the folder that holds config.json and the weights")
-    if not name_or_path or _looks_like_path(name_or_path):
-        raise ConfigError(key, name_or_path, "there is no such folder; give a local folder or a hub name (owner/name)")
+    check_name(key, name_or_path)
     try:
         return load(name_or_path, True)
     except Exception as error:  # not in the local cache, not all of it, or not usable
@@ -40,6 +39,13 @@ def load_pretrained(key: str, name_or_path: str, load: Callable[[str, bool], T])
             raise from_cache from None
         raise
     return _report(key, name_or_path, lambda: load(name_or_path, False))
+
+
+def check_name(key: str, name_or_path: str) -> None:
+    """Raise ConfigError if this is a path and nothing lies there. No hub is asked whether it has such a name."""
+    there = name_or_path and Path(name_or_path).expanduser().exists()
+    if not there and (not name_or_path or _looks_like_path(name_or_path)):
+        raise ConfigError(key, name_or_path, "there is no such folder; give a local folder or a hub name (owner/name)")
 
 
 def hooked(module) -> bool:

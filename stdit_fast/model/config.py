@@ -110,9 +110,12 @@ class STDiT2Config(PretrainedConfig):
             raise ConfigError("backend", self.backend, nearest(self.backend, BACKENDS))
         if len(self.patch_size) != 3 or self.patch_size[0] != 1 or min(self.patch_size) < 1:
             raise ConfigError("patch_size", self.patch_size, "use (1, p, q): frames are never merged")
-        for key in ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length"):
+        sizes = ("in_channels", "hidden_size", "depth", "num_heads", "caption_channels", "model_max_length")
+        for key in (*sizes, "input_sq_size"):
             if getattr(self, key) < 1:
                 raise ConfigError(key, getattr(self, key), "use a positive number")
+        if int(self.hidden_size * self.mlp_ratio) < 1:
+            raise ConfigError("mlp_ratio", self.mlp_ratio, "use a positive number, such as 4")
         if self.hidden_size % 12:
             raise ConfigError(
                 "hidden_size", self.hidden_size, "use a multiple of 12: sizes take a third, places a quarter"

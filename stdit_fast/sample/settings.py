@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentParser
 
+from stdit_fast.arguments import check_output_folder, check_range, parser_error
 from stdit_fast.diffusion.schedulers import SCHEDULERS
 from stdit_fast.errors import ConfigError, nearest
 from stdit_fast.media.write import MAX_FPS, MIN_FPS, read_metadata
@@ -130,8 +131,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
         parsed = parser.parse_args(_expand(arguments, given)).as_dict()
     except ConfigError:
         raise
-    except Exception as error:  # argparse's and jsonargparse's own error types, told apart by their text only
-        raise _explain(error) from error
+    except Exception as error:  # argparse's and jsonargparse's own error types
+        raise parser_error(error, KEYS) from error
     settings = Settings(**{key: parsed[key] for key in KEYS})
     check(settings)
     return settings
@@ -194,13 +195,6 @@ def _as_texts(path: Path, settings: str) -> dict:
     return {k: v if isinstance(v, str | list) else json.dumps(v) for k, v in content.items()}
 
 
-def _explain(error: Exception) -> ConfigError:
-    """A parser's error as ours."""
-    text = " ".join(str(error).split())
-    key = next((k for k in KEYS if f'"{k}"' in text or f"argument --{k}:" in text), "command line")
-    return ConfigError(key, "as given", text)
-
-
 # ------------------------------------------------------------------ checking
 
 
@@ -221,9 +215,9 @@ def check(settings: Settings) -> None:
         if value not in choices:
             raise ConfigError(key, value, nearest(value, choices))
     for key in ("samples", "batch_size"):
-        _check_range(settings, key, 1)
-    _check_range(settings, "fps", MIN_FPS, MAX_FPS)
-    _check_range(settings, "seed", 0, SEEDS - 1)
+        check_range(key, getattr(settings, key), 1)
+    check_range("fps", settings.fps, MIN_FPS, MAX_FPS)
+    check_range("seed", settings.seed, 0, SEEDS - 1)
     if not math.isfinite(settings.guidance_scale):
         raise ConfigError("guidance_scale", settings.guidance_scale, "choose a finite scale; 1 is none")
     if settings.model is None:
@@ -234,16 +228,8 @@ def check(settings: Settings) -> None:
         raise ConfigError("format", "mp4", "one frame is an image: use png or gif, or more frames (num_frames)")
     if settings.suffix == "gif" and settings.fps > GIF_FPS:
         raise ConfigError("fps", settings.fps, f"a GIF shows {GIF_FPS} frames a second at most; use mp4 or png")
-    if Path(settings.outputs).exists() and not Path(settings.outputs).is_dir():
-        raise ConfigError("outputs", settings.outputs, "it is a file; name a folder")
+    check_output_folder("outputs", settings.outputs)
     if settings.save_pipeline is not None and Path(settings.save_pipeline).exists():
         raise ConfigError(
             "save_pipeline", settings.save_pipeline, "it is there already; leave this out, or name a new folder"
         )
-
-
-def _check_range(settings: Settings, key: str, low: float, high: float = math.inf) -> None:
-    value = getattr(settings, key)
-    if not low <= value <= high:
-        bounds = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:.10g}"
-        raise ConfigError(key, value, f"use a value {bounds}")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.ops import cuda_attention, library_attention
 from stdit_fast.ops.rms_norm import rms_norm
 
@@ -199,4 +199,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

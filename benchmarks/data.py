@@ -23,7 +23,7 @@ import torch
 from stdit_fast.benchmarks.records import Record, append, processor_name
 from stdit_fast.benchmarks.step import parse_case
 from stdit_fast.diffusion import MaskGenerator
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.media.pixels import from_pixels
 from stdit_fast.media.read import decode_frames_into
 from stdit_fast.train.buckets import Buckets
@@ -136,6 +136,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if not (CLIPS / SOURCE).is_file():
         raise ConfigError("clips", str(CLIPS), "its clips are read; run it in a checkout")
+    for case in args.cases:
+        parse_case(case)
+    if min(args.workers) < 0:
+        raise ConfigError("workers", args.workers, "use 0 (decode in this process) or more")
     print(COLUMNS)
     for r in measured(args):
         print(
@@ -155,4 +159,4 @@ def measured(args: argparse.Namespace) -> Iterator[Record]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.train.demo_data import CAPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -184,4 +184,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -25,7 +25,7 @@ from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, ra
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.encoders.autoencoder import AUTO, VideoAutoencoder
 from stdit_fast.encoders.fused_t5 import PackedT5
-from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.errors import ConfigError, nearest, run_command
 
 CASES = ("vae-272x240x424", "vae-96x144x256", "vae-64x480x848", "t5-17-uneven", "t5-17-full", "t5-6-uneven")
 VAE_IMPLS = ("fused", "diffusers", "diffusers channels_last", "diffusers compile")
@@ -249,4 +249,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from stdit_fast import ops
 from stdit_fast.benchmarks.monitor import watched
+from stdit_fast.benchmarks.profile_kernel import parse_size
 from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.errors import run_command
 from stdit_fast.kernels import gelu
 from stdit_fast.ops.cross_attention import definition as cross_attention_definition
 from stdit_fast.ops.gate_residual import definition as gate_residual_definition
@@ -231,10 +233,13 @@ def main() -> int:
     parser.add_argument("--only", help="cases whose name holds this")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
+    sizes = [parse_size(size) for size in args.sizes]
+    if not torch.cuda.is_available():
+        raise SystemExit("kernels are timed on a GPU, and none is visible; `pytest benchmarks/` has cases for the CPU")
     ceiling = copy_bandwidth()
     print(f"device copy {ceiling / 1e12:.2f} TB/s\n{COLUMNS}")
-    for size in args.sizes:
-        for case in cases(*map(int, size.split("x"))):
+    for size in sizes:
+        for case in cases(*size):
             if args.only and args.only not in case.name:
                 continue
             for impl in args.impl:
@@ -256,4 +261,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stdit_fast.benchmarks.ops import copy_bandwidth, quantiles
 from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.errors import run_command
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.ops.adamw import AdamWStep, Hyperparameters
@@ -216,4 +217,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.errors import ConfigError, nearest, run_command
 
 OPS = (
     "layer_norm_modulate",
@@ -148,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

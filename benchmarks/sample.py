@@ -30,6 +30,7 @@ from stdit_fast.benchmarks.step import (
     step_flops,
 )
 from stdit_fast.diffusion import denoise, make_scheduler
+from stdit_fast.errors import run_command
 from stdit_fast.model.prediction import Predictor
 
 GUIDANCE = 7.0
@@ -149,6 +150,8 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
+    for case in args.cases:
+        parse_case(case)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(COLUMNS)
     for impl in args.impl:
@@ -168,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,7 +15,7 @@ import torch
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.train.buckets import Buckets
 
@@ -111,6 +111,13 @@ def main() -> int:
     parser.add_argument("--profile", help="write the kernels' times of one step of each case to this file")
     parser.add_argument("--out", help="results file to append to")
     args = parser.parse_args()
+    for case in args.cases:
+        parse_case(case)
+    checkpointing = int(args.checkpointing) if args.checkpointing.isdigit() else args.checkpointing
+    if checkpointing not in ("off", "all", "auto") and not isinstance(checkpointing, int):
+        raise ConfigError("checkpointing", checkpointing, "use off, all, auto or a number of blocks")
+    if args.memory_gib and not torch.cuda.is_available():
+        raise ConfigError("memory-gib", args.memory_gib, "it is for a GPU, and none is visible; leave it out")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leave_default_stream(torch.device(device))  # as the trainer does
@@ -120,9 +127,8 @@ def main() -> int:
     print(COLUMNS)
     for impl in args.impl:
         model = build(impl, args.depth, device)
-        checkpointing = args.checkpointing
         model.set_cuda_graphs(impl == "fused" and not args.no_graphs)
-        model.set_checkpointing(int(checkpointing) if checkpointing.isdigit() else checkpointing)
+        model.set_checkpointing(checkpointing)
         for case in args.cases:
             run_case(model, case, impl, args)
         del model
@@ -214,4 +220,4 @@ def write_profile(model: STDiT2, inputs: dict, path: str, case: str, impl: str) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.media.files import whole_file
 
 # The first that a kernel's name matches.
@@ -126,11 +127,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the picture, PNG or SVG")
     parser.add_argument("--title", help="of the picture")
     args = parser.parse_args(arguments)
-    content = json.loads(args.trace.read_text())
+    try:
+        content = json.loads(args.trace.read_text())
+    except (OSError, ValueError) as error:
+        remedy = f"it cannot be read ({error}); `stdit_fast.benchmarks.train_step --trace CASE` writes one"
+        raise ConfigError("trace", str(args.trace), remedy) from error
     title = args.title or args.trace.stem
     draw(content, f"{title}: {content['device']}, PyTorch {content['torch']}", args.out)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -37,7 +37,7 @@ from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
 from stdit_fast.benchmarks.train_run import write_tokenizer
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.demo_data import CAPTIONS
@@ -364,4 +364,4 @@ def free_memory() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,7 +1,8 @@
 """The one error type for bad configuration and bad input."""
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 # Installs what is installed apart: ColossalAI and the embedded text encoder's data.
@@ -25,6 +26,15 @@ class ConfigError(ValueError):
 
     def __reduce__(self):
         return type(self), (self.key, self.value, self.remedy)
+
+
+def run_command(main: Callable[[], int]) -> int:
+    """A command's exit status: that of `main`, or 2 after a ConfigError, which is told in one line."""
+    try:
+        return main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 @contextmanager

@@ -117,6 +117,12 @@ def test_gradients_that_cannot_be_written_are_refused():
         call.backward(**{**rest, "scratch": 100})
 
 
+def test_head_dims_are_those_of_the_kernels():
+    header = (CSRC / "attention" / "head_dim.h").read_text()
+    (served,) = re.findall(r"using ServedHeadDims = HeadDims<([\d, ]+)>", header)
+    assert tuple(map(int, served.split(","))) == cuda_attention.HEAD_DIMS
+
+
 @needs_library
 @pytest.mark.skipif(not CUOBJDUMP, reason="no cuobjdump")
 def test_registers_are_those_of_the_table():

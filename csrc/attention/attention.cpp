@@ -11,7 +11,12 @@ namespace {
 
 template <class F>
 void of_head_dim(int head_dim, F f) {
-  if (!ServedHeadDims::visit(head_dim, f)) {
+  const auto checked = [&](auto d) {
+    static_assert(LongHeadDims::has(d) != RoundedHeadDims::has(d) && RoundedHeadDims::has(d) == kRoundsLongKeys<d>,
+                  "many keys have one backward pass, by the way in which the forward pass normalises them");
+    f(d);
+  };
+  if (!ServedHeadDims::visit(head_dim, checked)) {
     throw std::invalid_argument("attention: a head dimension that no kernel is made for");
   }
 }

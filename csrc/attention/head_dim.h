@@ -1,7 +1,7 @@
 // Head dimensions that the kernels are made for, and what is made for each.
 //
-// Each .cu file of this folder is compiled once for every head dimension that it serves, with that as STDIT_HEAD_DIM
-// (CMakeLists.txt has the same lists), and instantiates its part of what is declared here; attention.cpp picks.
+// Each .cu file of this folder is compiled once for every head dimension that it serves, with that as STDIT_HEAD_DIM,
+// and instantiates its part of what is declared here; attention.cpp picks.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,6 +21,7 @@ struct HeadDims {
   static bool visit(int head_dim, F f) {
     return ((head_dim == D && (f(std::integral_constant<int, D>{}), true)) || ...);
   }
+  static constexpr bool has(int head_dim) { return ((head_dim == D) || ...); }
   // "64, 72"
   static std::string text() {
     std::string all;
@@ -29,15 +30,20 @@ struct HeadDims {
   }
 };
 
-using ServedHeadDims = HeadDims<64, 72, 80, 96>;
+// The head dimensions of each file, which CMakeLists.txt reads here: a list and its files to a line.
+using ServedHeadDims = HeadDims<64, 72, 80, 96>;  // forward.cu packed_backward.cu
+using ShortHeadDims = HeadDims<64, 72, 80>;       // backward.cu
+using WholeHeadDims = HeadDims<72>;               // whole_backward.cu
+using LongHeadDims = HeadDims<64, 80, 96>;        // long_backward.cu
+using RoundedHeadDims = HeadDims<72>;             // rounded_backward.cu
 
 // Whether one kernel finds all gradients of a head of few keys: wider heads' leave no room for that in registers.
 template <int D>
-constexpr bool kHasShortBackward = D <= 80;
+constexpr bool kHasShortBackward = ShortHeadDims::has(D);
 
 // Whether one kernel that has all of a head in shared memory is there as well.
 template <int D>
-constexpr bool kHasWholeBackward = D == 72;
+constexpr bool kHasWholeBackward = WholeHeadDims::has(D);
 
 // Which kernels serve few keys: one for all of a head's gradients, of more keys two.
 constexpr int64_t kMostShortKeys = 320;

@@ -180,19 +180,8 @@ __device__ __forceinline__ void load_tile(const TileMaps& maps, Barrier& barrier
   }
 }
 
-// Starts the copy of a tile to global memory; rows and columns beyond the array's are left out.
-template <int D, int Rows>
-__device__ __forceinline__ void store_tile(const TileMaps& maps, const char* from, int row, int head, int sequence) {
-  using T = Tile<D, Rows>;
-#pragma unroll
-  for (int i = 0; i < T::kBlocks; ++i) store_box(maps.blocks, from + i * T::kBlockBytes, 64 * i, row, head, sequence);
-#pragma unroll
-  for (int i = 0; i < T::kChunks; ++i) {
-    store_box(maps.rest, from + T::kRestAt + i * T::kChunkBytes, 64 * T::kBlocks + 16 * i, row, head, sequence);
-  }
-}
-
-// Starts the copy of 16 rows of a tile, from `first_row` on; the maps' boxes have 16 rows.
+// Starts the copy of 16 rows of a tile, from `first_row` on, to global memory; rows and columns beyond the array's are
+// left out. The maps' boxes have 16 rows.
 template <int D, int Rows>
 __device__ __forceinline__ void store_rows(const TileMaps& maps, const char* from, int first_row, int row, int head,
                                            int sequence) {

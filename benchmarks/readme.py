@@ -1,4 +1,4 @@
-"""Writes the README's benchmark tables from the result files: `python -m stdit_fast.benchmarks.readme`."""
+"""Writes the benchmark tables of README and docs from the result files: `python -m stdit_fast.benchmarks.readme`."""
 
 import json
 import statistics
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
 IMPLEMENTATIONS = ("reference", "compile", "fused")
 BEGIN, END = "<!-- {name}: made by python -m stdit_fast.benchmarks.readme -->", "<!-- end of {name} -->"
 
@@ -17,6 +18,54 @@ def latest(path: Path) -> dict[tuple[str, str, str], dict]:
         record = json.loads(line)
         records[record["suite"], record["case"], record["impl"]] = record
     return records
+
+
+def headline_table(results: Path, recipe: Path) -> str:
+    """Markdown: the most telling figures of one GPU, each beside its peer.
+
+    Args:
+        results: a GPU's folder of records.
+        recipe: the original's recipe, which has the times of its own steps.
+    """
+    import yaml
+
+    records = {}
+    for suite in ("step", "attention", "encoders", "optimizer"):
+        records |= latest(results / f"{suite}.jsonl")
+    original = {case: ms for stage in yaml.safe_load(recipe.read_text())["original"].values() for case, ms in stage.items()}
+
+    def attention(case: str, impl: str) -> float:
+        return sum(records["attention", f"{case}-{way}", impl]["ms"] for way in ("forward", "backward"))
+
+    rows = [
+        (f"step of the transformer, {what}", records["step", case, "fused"]["ms"], "Open-Sora 1.1", original[case])
+        for case, what in (
+            ("144p-16-6", "6 clips of 16 frames, 144p"),
+            ("240p-16-17", "17 clips of 16 frames, 240p"),
+            ("720p-16-2", "2 clips of 16 frames, 720p"),
+        )
+    ]
+    rows += [
+        (f"attention within frames of {case.split('x')[1]} tokens, QK-norm inside", attention(case, "cuda"), peer, its)
+        for case in ("96x144", "64x1024", "16x3600")
+        for peer, its in [("cuDNN, without the norm", attention(case, "cudnn"))]
+    ]
+    rows += [
+        (what, records[suite, case, ours]["ms"], peer, records[suite, case, its]["ms"])
+        for what, suite, case, ours, peer, its in (
+            ("autoencoder, 272 frames of 240x424", "encoders", "vae-272x240x424", "fused", "diffusers", "diffusers"),
+            ("T5-XXL, 17 captions", "encoders", "t5-17-uneven", "fused", "transformers", "transformers"),
+            ("optimizer and average", "optimizer", "gap-767M", "fused", "ColossalAI's ZeRO-2", "colossalai"),
+        )
+    ]
+    lines = ["| one H100 | ms | beside | ms | times faster |", "| --- | --- | --- | --- | --- |"]
+    lines += [f"| {what} | {_ms(own)} | {peer} | {_ms(its)} | {its / own:.1f} |" for what, own, peer, its in rows]
+    return "\n".join([*lines, "", _machine(list(records.values()))])
+
+
+def _ms(milliseconds: float) -> str:
+    """Three digits, or whole milliseconds."""
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:#.3g}"
 
 
 def step_table(path: Path) -> str:
@@ -286,9 +335,10 @@ def _machine(records: list[dict]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Every generated part of the README by its name."""
+    """Every generated part of the pages by its name."""
     results, h100 = (ROOT / "benchmarks" / "results" / gpu for gpu in ("h200", "h100"))
     return {
+        "headline h100": headline_table(h100, ROOT / "train" / "configs" / "recipe_v1_1.yaml"),
         "step h100": step_table(h100 / "step.jsonl"),
         "step h200": step_table(results / "step.jsonl"),
         "sample h100": sample_table(h100 / "sample.jsonl"),
@@ -311,21 +361,23 @@ def tables() -> dict[str, str]:
     }
 
 
-def filled(text: str) -> str:
-    """The README with its generated parts made anew."""
+def filled() -> dict[Path, str]:
+    """The pages with their generated parts made anew. Each part stands on one of them."""
+    pages = {path: path.read_text() for path in PAGES}
     for name, table in tables().items():
         begin, end = BEGIN.format(name=name), END.format(name=name)
-        before, _, rest = text.partition(begin)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise SystemExit(f"README.md has no part {begin} ... {end}")
-        text = f"{before}{begin}\n{table}\n{end}{after}"
-    return text
+        places = [path for path, text in pages.items() if begin in text and end in text]
+        if len(places) != 1:
+            names = " or ".join(str(path.relative_to(ROOT)) for path in PAGES)
+            raise SystemExit(f"{begin} ... {end} should stand once, in {names}")
+        before, _, rest = pages[places[0]].partition(begin)
+        pages[places[0]] = f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}"
+    return pages
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text()))
+    for path, text in filled().items():
+        path.write_text(text)
     return 0
 
 

@@ -32,7 +32,8 @@ def headline_table(results: Path, recipe: Path) -> str:
     records = {}
     for suite in ("step", "attention", "encoders", "optimizer"):
         records |= latest(results / f"{suite}.jsonl")
-    original = {case: ms for stage in yaml.safe_load(recipe.read_text())["original"].values() for case, ms in stage.items()}
+    stages = yaml.safe_load(recipe.read_text())["original"].values()
+    original = {case: ms for stage in stages for case, ms in stage.items()}
 
     def attention(case: str, impl: str) -> float:
         return sum(records["attention", f"{case}-{way}", impl]["ms"] for way in ("forward", "backward"))

@@ -1,5 +1,6 @@
-"""What the command lines of training and of sampling have in common: a parser's errors as ours, ranges, folders."""
+"""What the command lines of training, encoding and sampling share: a log, a parser's errors, ranges, folders."""
 
+import logging
 import math
 import os
 import re
@@ -10,6 +11,16 @@ from stdit_fast.errors import ConfigError
 
 # jsonargparse's words for what it expected, and ours.
 _KINDS = {"'float'": "a number", "'int'": "a whole number", "'bool'": "true or false", "'dict'": "keys and values"}
+
+# Libraries that log what a user cannot act upon.
+_CHATTY = ("httpx", "filelock", "torch.distributed", "colossalai", "bitsandbytes")
+
+
+def start_log(is_main: bool = True) -> None:
+    """A command's log, on stderr; of other processes than the main one, warnings alone."""
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def parser_error(error: Exception, keys: Iterable[str]) -> ConfigError:

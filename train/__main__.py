@@ -1,9 +1,9 @@
 """`torchrun ... -m stdit_fast.train --config FILE [--any.key value ...]`, or `python -m` for one process."""
 
-import logging
 import os
 import sys
 
+from stdit_fast.arguments import start_log
 from stdit_fast.errors import ConfigError
 
 
@@ -11,9 +11,7 @@ def main() -> int:
     """Runs the training; 0 when done or told to stop, 2 for a configuration that cannot be."""
     is_main = os.environ.get("RANK", "0") == "0"
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process a node: what is wrong may be wrong there alone
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
-    for chatty in ("httpx", "filelock", "torch.distributed", "colossalai", "bitsandbytes"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    start_log(is_main)
     try:
         from stdit_fast.train.config import parse
 

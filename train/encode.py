@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from stdit_fast.arguments import check_output_folder
+from stdit_fast.arguments import check_output_folder, start_log
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, draw_latents
 from stdit_fast.encoders.text import TextEncoder
 from stdit_fast.errors import ConfigError
@@ -571,9 +571,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Encodes; 0 when done, 2 for a configuration that cannot be, 1 for too many bad samples, 130 after Ctrl-C."""
     is_main = os.environ.get("RANK", "0") == "0"
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process a node: what is wrong may be wrong there alone
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
-    for chatty in ("httpx", "filelock", "torch.distributed", "colossalai", "bitsandbytes"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    start_log(is_main)
     try:
         config = parse(arguments, program=COMMAND, what=__doc__.splitlines()[0])
         processes = launch(config.seed)

@@ -157,8 +157,7 @@ class _ModulatedMlp(torch.autograd.Function):
         branch = (o, gate, bias_o)
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, branch, None, None)
-            d_o = grads.d_o if ctx.needs_input_grad[1] else None
-            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None, None, None
+            return *grads.of_inputs(ctx.needs_input_grad[1]), None, None, None, None, None
         dh, dfc1_bias, dfc2_weight = linear_gelu_backward(
             dy.flatten(0, -2), h, activation, fc2_weight, ctx.needs_input_grad[8]
         )
@@ -166,12 +165,7 @@ class _ModulatedMlp(torch.autograd.Function):
         wants_weight = ctx.needs_input_grad[6]
         grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
-            grads.dx,
-            grads.d_o if ctx.needs_input_grad[1] else None,
-            grads.dgate,
-            grads.dbias,
-            grads.dshift,
-            grads.dscale,
+            *grads.of_inputs(ctx.needs_input_grad[1]),
             weight_gradient(dh, grads.u, fc1_weight) if wants_weight else None,
             dfc1_bias,
             dfc2_weight,

@@ -140,19 +140,13 @@ class _ModulatedLinear(torch.autograd.Function):
         x_new, stats, o, gate, bias_o, shift, scale, weight = ctx.saved_tensors
         if dy is None:
             grads = branch_backward(dx_new, None, None, None, (o, gate, bias_o), None, None)
-            d_o = grads.d_o if ctx.needs_input_grad[1] else None
-            return grads.dx, d_o, grads.dgate, grads.dbias, None, None, None, None, None
+            return *grads.of_inputs(ctx.needs_input_grad[1]), None, None, None
         du = dy @ weight
         branch = (o, gate, bias_o)
         wants_weight = ctx.needs_input_grad[6]
         grads = branch_backward(dx_new, du, x_new, stats, branch, shift, scale, remake_u=wants_weight)
         return (
-            grads.dx,
-            grads.d_o if ctx.needs_input_grad[1] else None,
-            grads.dgate,
-            grads.dbias,
-            grads.dshift,
-            grads.dscale,
+            *grads.of_inputs(ctx.needs_input_grad[1]),
             weight_gradient(dy, grads.u, weight) if wants_weight else None,
             bias_gradient(dy) if ctx.needs_input_grad[7] else None,
             None,

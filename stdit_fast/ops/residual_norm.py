@@ -188,6 +188,10 @@ class BranchGradients(NamedTuple):
     dscale: Tensor | None
     u: Tensor | None
 
+    def of_inputs(self, wants_o: bool) -> tuple[Tensor | None, ...]:
+        """Those of (x, o, gate, bias, shift, scale), as autograd takes them; o's only where it is wanted."""
+        return self.dx, self.d_o if wants_o else None, self.dgate, self.dbias, self.dshift, self.dscale
+
 
 def branch_backward(
     dx_new: Tensor | None,

@@ -75,9 +75,8 @@ def definition(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, ep
 
 def _forward(qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     batch, frames, positions, _, heads, _ = qkv.shape
-    if positions == 1:  # softmax over one key
-        lse = qkv.new_zeros((batch * frames, heads, 1), dtype=torch.float32)
-        return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3), lse
+    if positions == 1:
+        return over_one_key(qkv), qkv.new_zeros((batch * frames, heads, 1), dtype=torch.float32)
     if not cuda_attention.unserved(qkv):
         o, lse = cuda_attention.forward(qkv.flatten(0, 1), q_weight, k_weight, eps)
         return o.view(batch, frames, positions, -1), lse
@@ -91,9 +90,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     shape = qkv.shape[:3] + qkv.shape[4:]  # [B, T, S, H, D]
     if qkv.shape[2] == 1:
-        dqkv = qkv.new_zeros(qkv.shape)
-        dqkv.select(3, 2).copy_(d_o.reshape(shape))
-        return dqkv, torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
+        return over_one_key_backward(d_o, qkv), torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
     if not cuda_attention.unserved(qkv):
         dqkv = qkv.new_empty(qkv.shape)
         d_o, o = (x.reshape(shape).flatten(0, 1) for x in (d_o, o))
@@ -121,6 +118,18 @@ def _normalised(
         qk_norm.forward(qkv, q_weight, k_weight, None, False, eps, out)
         q, k = out.unbind(0)
     return tuple(x.flatten(0, 1).transpose(1, 2) for x in (q, k, v))
+
+
+def over_one_key(qkv: Tensor) -> Tensor:
+    """Attention with one key, whose softmax is 1: v of qkv [B, T, S, 3, H, D], as [B, T, S, H*D]."""
+    return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3)
+
+
+def over_one_key_backward(d_o: Tensor, qkv: Tensor) -> Tensor:
+    """The gradient of qkv, of which q and k have none."""
+    dqkv = qkv.new_zeros(qkv.shape)
+    dqkv.select(3, 2).copy_(d_o.reshape(*qkv.shape[:3], *qkv.shape[4:]))
+    return dqkv
 
 
 def readable(qkv: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from stdit_fast.ops.checks import expect_qkv, expect_shape
 from stdit_fast.ops.library_attention import library_attention
 from stdit_fast.ops.linear import holding
 from stdit_fast.ops.rms_norm import rms_norm
-from stdit_fast.ops.spatial_attention import weight_gradients
+from stdit_fast.ops.spatial_attention import over_one_key, over_one_key_backward, weight_gradients
 from stdit_fast.ops.temporal_attention_long import temporal_attention_long
 
 NAME = "temporal_attention"
@@ -126,8 +126,8 @@ def _readable(qkv: Tensor) -> Tensor:
 
 
 def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
-    if qkv.shape[1] == 1:  # softmax over one key
-        return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3)
+    if qkv.shape[1] == 1:
+        return over_one_key(qkv)
     return kernels.forward(_readable(qkv), q_weight, k_weight, rotation.float().contiguous(), rotate_first, eps)
 
 
@@ -135,8 +135,7 @@ def _backward(d_o, qkv, q_weight, k_weight, rotation, rotate_first, eps, wants_b
     rotation = rotation.float().contiguous()
     sums = None
     if qkv.shape[1] == 1:
-        dqkv, d_weights = qkv.new_zeros(qkv.shape), qkv.new_zeros((2, qkv.shape[-1]))
-        dqkv.select(3, 2).copy_(d_o.unflatten(3, qkv.shape[4:]))
+        dqkv, d_weights = over_one_key_backward(d_o, qkv), qkv.new_zeros((2, qkv.shape[-1]))
     elif cuda_temporal.unserved(qkv, q_weight, k_weight):
         # Sums inside, over 16 frames each, were tried: with 16 frames they cost as much as the pass.
         dqkv, d_weights = kernels.backward(d_o, _readable(qkv), q_weight, k_weight, rotation, rotate_first, eps)

@@ -10,7 +10,13 @@ from stdit_fast.kernels import qk_norm
 from stdit_fast.ops import library
 from stdit_fast.ops.library_attention import attention_backward, attention_forward
 from stdit_fast.ops.linear import bias_gradient
-from stdit_fast.ops.spatial_attention import fake_weight_gradients, readable, weight_gradients
+from stdit_fast.ops.spatial_attention import (
+    fake_weight_gradients,
+    over_one_key,
+    over_one_key_backward,
+    readable,
+    weight_gradients,
+)
 
 NAME = "temporal_attention_long"
 
@@ -47,9 +53,8 @@ def temporal_attention_long(
 
 def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
     batch, frames, positions, _, heads, head_dim = qkv.shape
-    if frames == 1:  # softmax over one key
-        lse = qkv.new_zeros((batch, positions * heads, 1), dtype=torch.float32)
-        return qkv.select(3, 2).clone(memory_format=torch.contiguous_format).flatten(3), lse
+    if frames == 1:
+        return over_one_key(qkv), qkv.new_zeros((batch, positions * heads, 1), dtype=torch.float32)
     made = _made(readable(qkv), q_weight, k_weight, rotation, rotate_first, eps)
     o, lse = attention_forward(*(_as_heads(x) for x in made))
     # The libraries write o in the order of q, so this is a view.
@@ -59,9 +64,7 @@ def _forward(qkv, q_weight, k_weight, rotation, rotate_first, eps, bias):
 def _backward(d_o, qkv, q_weight, k_weight, rotation, o, lse, rotate_first, eps):
     shape = qkv.shape[:3] + qkv.shape[4:]  # [B, T, S, H, D]
     if qkv.shape[1] == 1:
-        dqkv = qkv.new_zeros(qkv.shape)
-        dqkv.select(3, 2).copy_(d_o.reshape(shape))
-        return dqkv, torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
+        return over_one_key_backward(d_o, qkv), torch.zeros_like(fake_weight_gradients(qkv, q_weight, k_weight))
     qkv = readable(qkv)
     made = _made(qkv, q_weight, k_weight, rotation, rotate_first, eps)
     o, d_o = (_as_heads(x.contiguous().view(shape)) for x in (o, d_o))

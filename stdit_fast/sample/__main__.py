@@ -22,6 +22,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from stdit_fast.arguments import start_log
 from stdit_fast.diffusion.sampling import check_settings
 from stdit_fast.diffusion.schedulers import make_scheduler
 from stdit_fast.encoders.autoencoder import LATENT_CHANNELS
@@ -50,9 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 when done, 1 when that failed on the way, 2 for settings that cannot be, 130 when interrupted.
     """
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    for chatty in ("httpx", "filelock", "bitsandbytes"):
-        logging.getLogger(chatty).setLevel(logging.ERROR)
+    start_log()
     if not sys.stderr.isatty():
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

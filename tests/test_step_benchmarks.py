@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from stdit_fast.benchmarks import data, encode, readme, trace, train_step
 from stdit_fast.errors import ConfigError
@@ -128,6 +129,29 @@ def test_shards_of_a_killed_run_are_held_against_those_of_one_that_was_not():
             encode.compare(whole, at_the_kill, after)
     with pytest.raises(ConfigError, match="samples"):
         encode.main(["--samples", "0"])
+
+
+def test_speed_is_that_after_the_first_shard(tmp_path):
+    """Three shards, written a second apart: the first has two captions, not counted, the others three."""
+    (tmp_path / "shards").mkdir()
+    for part, captions in enumerate((2, 3, 3)):
+        path = tmp_path / "shards" / f"part-{part:05d}.safetensors"
+        samples, size = torch.arange(captions), f"{part + 1}x8x8"
+        tensors = {
+            "text.samples": samples,
+            f"latents.{size}.samples": torch.zeros(1).long(),
+            f"latents.{size}": torch.zeros(1),
+        }
+        save_file(tensors, path, {"features": "{}"})
+        os.utime(path, (100 + part, 100 + part))
+    speed = encode.steady_speed(tmp_path)
+    assert speed == {
+        "samples_per_second": 3, "clips_per_second": 1, "timed_samples": 6, "timed_seconds": 2, "sizes": 2
+    }  # fmt: skip
+    for part in (1, 2):
+        (tmp_path / "shards" / f"part-{part:05d}.safetensors").unlink()
+    with pytest.raises(ConfigError, match="take more of them"):
+        encode.steady_speed(tmp_path)
 
 
 def test_a_run_is_killed_with_what_it_started(tmp_path):

@@ -1,7 +1,10 @@
 """LayerNorm, modulation, gates and residuals fused, alone and with the linear layers behind them."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_checks import DEVICE, check, dtypes, randn
 
 from stdit_fast import ops
@@ -198,6 +201,19 @@ def test_tensors_that_are_not_contiguous():
 def test_column_sum(rows):
     x = randn(rows, 40)
     torch.testing.assert_close(column_sum_op(x), x.double().sum(0).float(), rtol=1e-5, atol=1e-5)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 127, 144, 700, *([4_099, 13_824, 110_160] if DEVICE == "cuda" else [])])
+def test_a_final_layers_bias(rows, dtype):
+    """32 columns, 4 patch positions of 8 values: far fewer than the other layers that the sum serves."""
+    x = randn(rows, 32, dtype=dtype)
+    want, got = x.double().sum(0), column_sum_op(x)
+    assert got.dtype == dtype and torch.equal(got, column_sum_op(x))
+    allowed = 0.6 * torch.finfo(dtype).eps if dtype != torch.float32 else 4e-6
+    assert float((got.double() - want).norm() / want.norm()) < allowed
+    inputs = {"x": randn(1, rows, 72), "weight": randn(32, 72, seed=1, scale=0.1), "bias": randn(32, seed=2)}
+    check(partial(ops.projection, backend="fused"), F.linear, inputs, dtype)
 
 
 def test_another_dtype_for_the_modulation_is_refused():

@@ -61,7 +61,7 @@ class _Projection(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         dweight = weight_gradient(dy, x, weight) if ctx.needs_input_grad[1] else None
-        return dx, dweight, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return dx, dweight, bias_gradient(dy) if ctx.needs_input_grad[2] else None
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import av
 import numpy as np
+import torch
 
 from stdit_fast.benchmarks.bench_sampler import FRAME_INTERVAL, bucket_table, synthetic_sizes
 from stdit_fast.benchmarks.peers import Absent
@@ -41,7 +43,7 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield Case(
             "data",
             f"decode-{Path(source[0]).stem}-{target[0]}-{target[1]}",
-            {"stdit_fast": partial(prepare_decoding, source, target)},
+            {impl: partial(prepare_decoding, impl, source, target) for impl in ("stdit_fast", "whole-file")},
             host=True,
             rounds=5,
             warmup=1,
@@ -56,8 +58,11 @@ def prepare_plan(what: str, table: str, rows: int) -> Callable[[], object]:
     return lambda: BucketSampler(*sizes, buckets, seed=0, frame_interval=FRAME_INTERVAL)
 
 
-def prepare_decoding(source: tuple, target: tuple) -> Callable[[], object]:
-    """A clip from the middle of a file, as a data loader's process reads it."""
+def prepare_decoding(impl: str, source: tuple, target: tuple) -> Callable[[], object]:
+    """A clip from the middle of a file, as a data loader's process reads it.
+
+    "whole-file" is Open-Sora 1.1's way: all of the file is decoded, and the clip's frames made smaller in float32.
+    """
     name, frames, height, width = source
     path = CLIPS / name
     if not path.is_file():
@@ -66,4 +71,18 @@ def prepare_decoding(source: tuple, target: tuple) -> Callable[[], object]:
     resolution, length, *size = target
     bucket = Bucket(resolution, length, "", *size, 1.0, 1)
     pixels = np.empty((length, *size, 3), dtype=np.uint8)
-    return lambda: read_clip(pixels, sample, bucket, frames // 4, FRAME_INTERVAL)
+    if impl == "stdit_fast":
+        return lambda: read_clip(pixels, sample, bucket, frames // 4, FRAME_INTERVAL)
+    indices = frames // 4 + np.arange(length) * FRAME_INTERVAL
+
+    def whole_file() -> torch.Tensor:
+        with av.open(str(path)) as container:
+            every = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        some = torch.from_numpy(every[indices]).permute(0, 3, 1, 2).float()
+        scale = max(size[0] / height, size[1] / width)
+        wide = [round(scale * side) for side in (height, width)]
+        top, left = ((a - b) // 2 for a, b in zip(wide, size, strict=True))
+        some = torch.nn.functional.interpolate(some, wide, mode="bilinear", antialias=True)
+        return some[:, :, top : top + size[0], left : left + size[1]]
+
+    return whole_file

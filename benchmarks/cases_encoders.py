@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from stdit_fast.benchmarks.encoders import t5_flops
 from stdit_fast.benchmarks.peers import Absent
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.registry import Case
@@ -15,6 +16,8 @@ from stdit_fast.errors import ConfigError
 FRAMES, QUICK_FRAMES, CPU_FRAMES = ("96x144x256", "272x240x424"), ("96x144x256",), ("4x144x256",)
 MICRO_BATCH = 16
 CAPTIONS, TOKENS = (6, 17), 200
+# Operations of the autoencoder's encoder: of a pixel, and of a pair of the positions that its attention compares
+FLOPS_A_PIXEL, FLOPS_A_PAIR = 4_128_640, 2048
 
 
 def cases(device: str, quick: bool) -> Iterator[Case]:
@@ -24,11 +27,16 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
             yield Case("encoders", f"patch-codec-{size}", {"stdit_fast": partial(prepare_codec, size)}, host=True)
         yield Case("encoders", "minilm-6-captions", {"stdit_fast": partial(prepare_minilm, 6)}, host=True)
         return
+    compiled = () if quick else ("compile",)  # which takes a minute
     for size in QUICK_FRAMES if quick else FRAMES:
         yield Case(
             "encoders",
             f"autoencoder-{size}",
-            {impl: partial(prepare_autoencoder, impl, size) for impl in ("stdit_fast", "diffusers", "channels-last")},
+            {
+                impl: partial(prepare_autoencoder, impl, size)
+                for impl in ("stdit_fast", "diffusers", "channels-last", *compiled)
+            },
+            flops=autoencoder_flops(size),
             expected=partial(prepare_autoencoder, "diffusers", size),
             tolerance=3e-2,
             rounds=5,
@@ -37,11 +45,18 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
         yield Case(
             "encoders",
             f"t5-xxl-{count}x{TOKENS}",
-            {impl: partial(prepare_t5, impl, count) for impl in ("stdit_fast", "transformers")},
+            {impl: partial(prepare_t5, impl, count) for impl in ("stdit_fast", "transformers", *compiled)},
+            flops=t5_flops([TOKENS] * count),
             expected=partial(prepare_t5, "transformers", count),
             tolerance=4e-2,
             rounds=5,
         )
+
+
+def autoencoder_flops(size: str) -> int:
+    """Operations of encoding frames x height x width, which are multiples of 8."""
+    frames, height, width = map(int, size.split("x"))
+    return frames * (FLOPS_A_PIXEL * height * width + FLOPS_A_PAIR * (height // 8 * (width // 8)) ** 2)
 
 
 def prepare_codec(size: str) -> Callable[[], Tensor]:
@@ -64,7 +79,7 @@ def prepare_minilm(count: int) -> Callable[[], object]:
 
 
 def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
-    """Means of the posterior, scaled; ours as training does it, or diffusers' module alone."""
+    """Means of the posterior, scaled; ours as training does it, or diffusers' module alone, plain or compiled."""
     from stdit_fast.encoders.autoencoder import VideoAutoencoder
 
     torch.manual_seed(0)
@@ -78,6 +93,10 @@ def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
     if impl == "channels-last":
         vae, frames = vae.to(memory_format=torch.channels_last), frames.contiguous(memory_format=torch.channels_last)
 
+    if impl == "compile":
+        torch.compiler.reset()
+        vae.encoder = torch.compile(vae.encoder, dynamic=False)
+
     @torch.no_grad()
     def encode() -> Tensor:
         means = [vae.encode(part).latent_dist.mean.float() for part in frames.split(MICRO_BATCH)]
@@ -87,11 +106,16 @@ def prepare_autoencoder(impl: str, size: str) -> Callable[[], Tensor]:
 
 
 def prepare_t5(impl: str, count: int) -> Callable[[], Tensor]:
-    """States of whole captions, [count * TOKENS, C]: ours on packed tokens, or transformers' encoder."""
+    """States of whole captions, [count * TOKENS, C]: ours on packed tokens, or transformers' encoder, block by block
+    under the compiler or not."""
     from stdit_fast.encoders.fused_t5 import PackedT5
 
     model = random_t5(**T5_XXL).eval().requires_grad_(False)
     ids = torch.randint(3, 32000, (count, TOKENS), generator=torch.Generator().manual_seed(0))
+    if impl == "compile":
+        torch.compiler.reset()
+        for block in model.encoder.block:
+            block.compile(dynamic=False)
     on_gpu, mask = ids.cuda(), torch.ones(count, TOKENS, dtype=torch.long, device="cuda")
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ STEPS, QUICK_STEPS, CPU_STEPS = ("144p-16-6", "256-1-24", "256-16-8"), ("144p-16
 SAMPLES, CPU_SAMPLES = ("256-16-1",), ("144p-2-1",)
 IMPLEMENTATIONS = ("fused", "reference", "compile")
 DEPTH, CPU_DEPTH = 28, 1
-CPU_WIDTH = {"hidden_size": 144, "num_heads": 2, "caption_channels": 64}  # of the CPU's block
+CPU_WIDTH = {"hidden_size": 144, "num_heads": 2, "caption_channels": 64}
 TOLERANCES = {"forward": 3e-2, "both": 0.15}  # a block rounds to bfloat16 some thirty times; gradients twice that
 
 
@@ -46,7 +46,12 @@ def block_cases(device: str, quick: bool) -> Iterator[Case]:
 
 def block_config(impl: str, device: str) -> STDiT2Config:
     backend = "fused" if impl == "fused" else "reference"
-    return STDiT2Config(depth=1, backend=backend, **({} if device == "cuda" else CPU_WIDTH))
+    return STDiT2Config(depth=1, backend=backend, **_width(device))
+
+
+def _width(device: str) -> dict[str, int]:
+    """What differs from XL/2 beside the depth."""
+    return {} if device == "cuda" else CPU_WIDTH
 
 
 def block_flops(config: STDiT2Config, size: str) -> int:
@@ -99,11 +104,11 @@ def prepare_block(impl: str, size: str, direction: str, device: str) -> Callable
 
 
 def step_cases(device: str, quick: bool) -> Iterator[Case]:
-    """Forward and backward of the whole model; on the CPU of one block's depth."""
+    """Forward and backward of the whole model; on the CPU of a small one of one block."""
     depth = DEPTH if device == "cuda" else CPU_DEPTH
     for name in CPU_STEPS if device == "cpu" else QUICK_STEPS if quick else STEPS:
         frames, height, width, batch = step.parse_case(name)
-        config = STDiT2Config(depth=depth)
+        config = STDiT2Config(depth=depth, **_width(device))
         yield Case(
             "step",
             name,
@@ -121,7 +126,7 @@ def step_cases(device: str, quick: bool) -> Iterator[Case]:
 
 def prepare_step(impl: str, case: str, depth: int, device: str) -> Callable[[], None]:
     """A call of the step suite's case."""
-    model = step.build(impl, depth, device)
+    model = step.build(impl, depth, device, **_width(device))
     model.set_cuda_graphs(impl == "fused" and device == "cuda")
     frames, height, width, batch = step.parse_case(case)
     inputs = step.make_inputs(model.config, frames, height, width, batch, device)
@@ -141,7 +146,7 @@ def sample_cases(device: str, quick: bool) -> Iterator[Case]:
     depth, steps = (CPU_DEPTH, 2) if device == "cpu" else (DEPTH, 10 if quick else 100)
     for name in CPU_SAMPLES if device == "cpu" else SAMPLES:
         frames, height, width, batch = step.parse_case(name)
-        shape = STDiT2Config(depth=depth)
+        shape = STDiT2Config(depth=depth, **_width(device))
         one = step.step_flops(shape, 2 * batch, frames, step.positions_of(height, width)) // 3
         one -= depth * 2 * batch * step.TOKENS_OF_TEXT * 4 * shape.hidden_size**2
         yield Case(
@@ -160,7 +165,7 @@ def sample_cases(device: str, quick: bool) -> Iterator[Case]:
 
 def prepare_sample(impl: str, case: str, steps: int, depth: int, device: str) -> Callable[[], Tensor]:
     """A call of the sample suite's case."""
-    model = step.build(impl, depth, device).eval()
+    model = step.build(impl, depth, device, **_width(device)).eval()
     frames, height, width, batch = step.parse_case(case)
     inputs = step.make_inputs(model.config, frames, height, width, batch, device)
     noise, scheduler = torch.randn_like(inputs["x"]), make_scheduler("iddpm")

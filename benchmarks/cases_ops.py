@@ -8,7 +8,9 @@ from torch import Tensor
 
 from stdit_fast.benchmarks import ops, peers
 from stdit_fast.benchmarks.registry import Case
+from stdit_fast.ops.gate_residual import definition as gate_residual
 from stdit_fast.ops.rms_norm import rms_norm
+from stdit_fast.ops.temporal_attention import rotate
 
 SIZES = ("32x16x144", "5x64x256")  # samples x frames x positions; larger than the cache
 CPU_SIZE, CPU_HEADS = "2x4x36", 2
@@ -62,8 +64,12 @@ def _implementations(op: str, device: str) -> dict[str, Callable[[ops.Case], Cal
     found = {"fused": lambda case: case.fused, "reference": _plain, "compile": _compiled}
     if op == "layer_norm_modulate":
         found |= {name: partial(_with_layer_norm, find) for name, find in peers.LAYER_NORM.items()}
+    if op == "gate_residual_layer_norm_modulate":
+        found |= {name: partial(_joined_with_layer_norm, find) for name, find in peers.LAYER_NORM.items()}
     if op == "spatial_attention":
         found |= {name: partial(_with_attention, find) for name, find in peers.ATTENTION.items()}
+    if op == "temporal_attention":
+        found |= {name: partial(_over_frames, find) for name, find in peers.ATTENTION.items()}
     if op == "cross_attention":
         found |= {name: partial(_with_packed_attention, find) for name, find in peers.PACKED_ATTENTION.items()}
     return found
@@ -88,6 +94,17 @@ def _with_layer_norm(find: Callable[[], peers.LayerNorm], case: ops.Case) -> Cal
     return function
 
 
+def _joined_with_layer_norm(find: Callable[[], peers.LayerNorm], case: ops.Case) -> Callable:
+    """Bias, gate and residual in plain PyTorch before that."""
+    modulated = _with_layer_norm(find, case)
+
+    def function(x: Tensor, o: Tensor, gate: Tensor, bias: Tensor, shift: Tensor, scale: Tensor):
+        x = gate_residual(x, o, gate, bias)
+        return x, modulated(x, shift, scale)
+
+    return function
+
+
 def _with_attention(find: Callable[[], peers.Attention], case: ops.Case) -> Callable:
     """RMSNorm of q and k in plain PyTorch, then a library's attention, as the original does it."""
     attention = find()
@@ -96,6 +113,22 @@ def _with_attention(find: Callable[[], peers.Attention], case: ops.Case) -> Call
         q, k, v = qkv.flatten(0, 1).unbind(2)  # [B*T, S, H, D]
         o = attention(rms_norm(q, q_weight, 1e-6), rms_norm(k, k_weight, 1e-6), v)
         return o.reshape(*qkv.shape[:3], -1)
+
+    return function
+
+
+def _over_frames(find: Callable[[], peers.Attention], case: ops.Case) -> Callable:
+    """RMSNorm and rotation in plain PyTorch, then a library's attention over the frames of each position."""
+    attention = find()
+
+    def prepared(x: Tensor, weight: Tensor) -> Tensor:  # [B*S, T, H, D]
+        return rotate(rms_norm(x, weight, 1e-6).transpose(1, 2), case.rotation).transpose(1, 2)
+
+    def function(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> Tensor:
+        batch, frames, positions = qkv.shape[:3]
+        q, k, v = qkv.transpose(1, 2).flatten(0, 1).unbind(2)  # [B*S, T, H, D]
+        o = attention(prepared(q, q_weight), prepared(k, k_weight), v)
+        return o.reshape(batch, positions, frames, -1).transpose(1, 2)
 
     return function
 

@@ -19,7 +19,7 @@ from stdit_fast.benchmarks.readme import latest
 from stdit_fast.errors import ConfigError
 
 SLOWER, FASTER, SAME = "SLOWER", "faster", ""
-COLUMNS = f"{'case':<62}{'before ms':>11}{'spread':>20}{'after ms':>11}{'spread':>20}{'change':>9}"
+COLUMNS = f"{'case':<62}{'before ms':>11}{'spread':>23}{'after ms':>11}{'spread':>23}{'change':>9}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compare(before: dict[str, Figure], after: dict[str, Figure], threshold: floa
 def _line(name: str, before: Figure, after: Figure, said: str) -> str:
     held = sorted({*before.throttled, *after.throttled})
     flag = f"  throttled: {', '.join(held)}" if held else ""
-    cells = "".join(f"{f.ms:>11.3f}{f'{f.low:.3f} to {f.high:.3f}':>20}" for f in (before, after))
+    cells = "".join(f"{f.ms:>11.3f}{f'{f.low:.3f} to {f.high:.3f}':>23}" for f in (before, after))
     return f"{name:<62}{cells}{after.ms / before.ms - 1:>+9.1%}  {said}{flag}".rstrip()
 
 

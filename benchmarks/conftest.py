@@ -42,7 +42,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config._stdit_fast = session.Session("cuda" if torch.cuda.is_available() else "cpu", config.option.records)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        torch.set_num_threads(1)  # small cases, whose threads would wait for each other wherever else something runs
+    config._stdit_fast = session.Session(device, config.option.records)
 
 
 def pytest_generate_tests(metafunc):

@@ -68,7 +68,7 @@ class Case:
         tokens, channels: samples x frames x positions, and values of each.
         inputs: what gradients are taken of, by name.
         fused, plain: functions of those.
-        layout: of the packed text, for cross attention.
+        layout: of the packed text, for cross attention; rotation: of q and k, for temporal attention.
     """
 
     op: str
@@ -79,6 +79,7 @@ class Case:
     fused: Callable
     plain: Callable
     layout: ops.TextLayout | None = None
+    rotation: Tensor | None = None
 
     def bytes(self, backward: bool) -> int:
         return least_bytes(self.op, self.tokens, self.channels, backward)
@@ -120,8 +121,8 @@ def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda"
     def joined(function, **options):
         return lambda x, o, gate, bias, shift, scale: function(x, ops.Branch(o, gate, bias), shift, scale, **options)
 
-    def case(inputs: dict[str, Tensor], fused: Callable, plain: Callable, layout=None) -> Case:
-        return Case(op, f"{op}-{batch}x{frames}x{positions}", tokens, channels, inputs, fused, plain, layout)
+    def case(inputs: dict[str, Tensor], fused: Callable, plain: Callable, **more) -> Case:
+        return Case(op, f"{op}-{batch}x{frames}x{positions}", tokens, channels, inputs, fused, plain, **more)
 
     if op == "layer_norm_modulate":
         return case(
@@ -160,7 +161,7 @@ def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda"
             dict(q=randn(batch, frames * positions, heads, HEAD_DIM), kv=randn(sum(lengths), 2, heads, HEAD_DIM)),
             lambda **kw: ops.cross_attention(**kw, layout=layout, backend=backend),
             lambda **kw: cross_attention_definition(**kw, layout=layout),
-            layout,
+            layout=layout,
         )
     weights = {name: 1 + 0.1 * randn(HEAD_DIM) for name in WEIGHTS}
     qkv = dict(qkv=randn(*shape[:3], 3, heads, HEAD_DIM), **weights)
@@ -176,6 +177,7 @@ def build(op: str, batch: int, frames: int, positions: int, device: str = "cuda"
             qkv,
             lambda **kw: ops.temporal_attention(**kw, rotation=rotation, backend=backend),
             lambda **kw: temporal_attention_definition(**kw, rotation=rotation, rotate_first=False, eps=1e-6),
+            rotation=rotation,
         )
     raise ValueError(f"there is no case of {op}; there are {', '.join(UNITS)}")
 

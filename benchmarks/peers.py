@@ -47,9 +47,15 @@ def _offered(module, name: str, distribution: str):
 
 
 def _sdpa(backend: SDPBackend) -> Attention:
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        try:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                raise Absent(f"PyTorch's {backend.name} does not take these tensors") from None
+            raise
 
     return attention
 
@@ -118,7 +124,29 @@ def _packed_xformers() -> PackedAttention:
     return attention
 
 
+def _padded_sdpa(backend: SDPBackend) -> PackedAttention:
+    """PyTorch's own, which takes text padded to the longest, and a mask."""
+    attention = _sdpa(backend)
+
+    @functools.cache
+    def padding(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        count, place = torch.tensor(lengths)[:, None], torch.arange(max(lengths))
+        mask = place < count
+        index = (count.cumsum(0) - count + place) * mask
+        return index.to(device), mask[:, None, None, :].to(device)
+
+    def packed(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        index, mask = padding(tuple(lengths), q.device)
+        k, v = (x.index_select(0, index.flatten()).unflatten(0, index.shape) for x in (k, v))
+        return attention(q, k, v, mask)
+
+    return packed
+
+
 PACKED_ATTENTION: dict[str, Callable[[], PackedAttention]] = {
+    "sdpa-math": lambda: _padded_sdpa(SDPBackend.MATH),
+    "sdpa-efficient": lambda: _padded_sdpa(SDPBackend.EFFICIENT_ATTENTION),
+    "sdpa-cudnn": lambda: _padded_sdpa(SDPBackend.CUDNN_ATTENTION),
     "flash-attn-2": _packed_flash_attention_2,
     "xformers": _packed_xformers,
 }

@@ -25,6 +25,7 @@ class Session:
         self._ours: dict[tuple[str, str], str] = {}
         self._absent: dict[str, list[str]] = defaultdict(list)
         self._left_out: dict[str, list[str]] = {}
+        self._not_quick: dict[str, list[str]] = {}
         self._device_clock = clocks.DeviceClock()
 
     def clock(self, case: Case):
@@ -38,10 +39,16 @@ class Session:
         self._device_clock.release()
 
     def left_out(self, suite: str, cases: list[Case], quick: bool) -> None:
-        """Notes which cases a machine without a GPU does not run."""
+        """Notes which cases a quick run leaves out, and which a machine without a GPU does not run."""
+        names = {case.name for case in cases}
+        if quick:
+            own = {f"{case.name} {name}" for case in cases for name in case.implementations}
+            every = registry.cases_of(suite, self.device, False)
+            full = [f"{case.name} {name}" for case in every for name in case.implementations]
+            if missing := [name for name in full if name not in own]:
+                self._not_quick[suite] = missing
         if self.device == "cuda":
             return
-        names = {case.name for case in cases}
         missing = [c.name for c in registry.cases_of(suite, "cuda", quick) if c.name not in names]
         if missing:
             self._left_out[suite] = missing
@@ -113,6 +120,9 @@ class Session:
         lines += [
             f"not here, {name}: {reason}" for name, reason in peers.absent().items() if name.split(": ")[1] not in asked
         ]
+        if self._not_quick:
+            counts = ", ".join(f"{len(names)} of {suite}" for suite, names in self._not_quick.items())
+            lines.append(f"left out by --quick: {counts}")
         if self._left_out:
             total = sum(map(len, self._left_out.values()))
             lines.append(f"no GPU is visible: {total} cases were left out")

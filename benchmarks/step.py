@@ -138,12 +138,12 @@ def main() -> int:
     return 0
 
 
-def build(impl: str, depth: int, device: str) -> STDiT2:
-    """The model as an implementation has it."""
-    config = STDiT2Config(depth=depth, backend="fused" if impl == "fused" else "reference")
+def build(impl: str, depth: int, device: str, **sizes: int) -> STDiT2:
+    """The model as an implementation has it: XL/2 but for `sizes`, in bfloat16 on a GPU and in float32 elsewhere."""
+    config = STDiT2Config(depth=depth, backend="fused" if impl == "fused" else "reference", **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = STDiT2(config).to(torch.bfloat16).train()
+        model = STDiT2(config).to(torch.bfloat16 if device == "cuda" else torch.float32).train()
     fill_zeros(model)
     if impl == "compile":
         model.blocks = torch.nn.ModuleList(torch.compile(block) for block in model.blocks)

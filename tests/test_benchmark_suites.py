@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from stdit_fast.benchmarks import cases_ops, compare, monitor, peers, registry, session
+from stdit_fast.benchmarks import (
+    cases_encoders,
+    cases_ops,
+    compare,
+    encoders,
+    monitor,
+    peers,
+    random_encoders,
+    registry,
+    session,
+)
 from stdit_fast.benchmarks import test_suites as suites
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.benchmarks.registry import Case, Ceiling
@@ -149,8 +159,10 @@ def test_peers_do_the_same_work(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     for op, names in (
         ("spatial_attention", ("sdpa-math", "flash-attn-2", "flash-attn-3")),
-        ("cross_attention", ("flash-attn-2",)),
+        ("temporal_attention", ("sdpa-math", "flash-attn-2", "flash-attn-3")),
+        ("cross_attention", ("sdpa-math", "flash-attn-2")),
         ("layer_norm_modulate", ("apex",)),
+        ("gate_residual_layer_norm_modulate", ("apex",)),
     ):
         choices = cases_ops._implementations(op, "cuda")
         for name in names:
@@ -177,6 +189,17 @@ def test_cases_are_listed_anywhere():
     assert case.ours == "fused" and case.bytes == 8 * 32 * 16 * 144 * 1152 * 2
     (step,) = registry.cases_of("step", "cuda", True)
     assert Ceiling(3e12, 800e12).milliseconds(step) == pytest.approx(72.4, abs=1)  # 58 TFLOP
+    for suite in ("ops", "block", "step", "encoders", "optimizer", "sample"):
+        for case in registry.cases_of(suite, "cuda", False):
+            assert Ceiling(3e12, 800e12).milliseconds(case) > 0 and len(case.implementations) > 1, case
+
+
+def test_the_autoencoders_operations_are_those_of_its_layers():
+    with torch.device("meta"):
+        vae = random_encoders.random_autoencoder()
+    for height, width in ((144, 256), (240, 424)):
+        counted = encoders.autoencoder_flops(vae, height, width)
+        assert cases_encoders.autoencoder_flops(f"3x{height}x{width}") == 3 * counted
 
 
 def test_a_wrong_implementation_fails():

@@ -248,7 +248,7 @@ def test_hub_name_without_network_is_an_error_with_a_remedy(monkeypatch, tmp_pat
 
 def test_unreadable_weights(saved, tmp_path):
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
-    with pytest.raises(ConfigError, match=r"encoders\.autoencoder = .*cannot be read"):
+    with pytest.raises(ConfigError, match=r"name_or_path = .*cannot be read"):
         load_autoencoder(str(tmp_path))
     (tmp_path / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:1000])
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -7,6 +7,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from stdit_fast.errors import run_command
 from stdit_fast.train.checkpoint import newest_checkpoint
 from stdit_fast.train.demo_data import make_demo_data
 
@@ -85,9 +87,11 @@ def _train(arguments: list[str]) -> None:
 
 
 def _run(module: str, arguments: list[str]) -> None:
-    """A process of its own, as a user starts it."""
+    """A process of its own, as a user starts it; where that fails, which it tells itself, the demo ends."""
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-m", module, *arguments], check=True, env=environment)
+    status = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
+    if status:
+        raise SystemExit(f"the demo ends: python -m {module} {shlex.join(arguments)} failed with status {status}")
 
 
 def _loss_ends(metrics: Path, steps: int) -> tuple[float, float]:
@@ -132,4 +136,4 @@ def draw(run: Path, arguments: list[str]) -> dict[str, Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

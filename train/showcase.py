@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from stdit_fast.errors import run_command
 from stdit_fast.media.pictures import sheet
 from stdit_fast.media.read import probe
 from stdit_fast.media.write import VideoWriter
@@ -23,6 +24,7 @@ from stdit_fast.sample.loading import find_source, load_pipeline
 from stdit_fast.sample.references import load_reference
 from stdit_fast.sample.settings import Settings
 from stdit_fast.train.buckets import Bucket, Buckets
+from stdit_fast.train.checkpoint import find
 from stdit_fast.train.config import resolutions_file
 from stdit_fast.train.metadata import load_metadata
 
@@ -100,10 +102,14 @@ def showcase(checkpoint: Path, out: Path, *, count: int = 3, steps: int = 100, g
     """Samples a run's checkpoint on its own training clips; answers the contact sheet's path.
 
     Args:
-        checkpoint: a folder of a run's checkpoints/.
+        checkpoint: a folder of a run's checkpoints/, or the run's, for its newest one.
         out: folder for samples.png and the videos.
         count: of clips; steps, guidance: of the sampler.
+
+    Raises:
+        ConfigError: no checkpoint there, or one whose encoders or data cannot be read.
     """
+    checkpoint = find(checkpoint)
     config = json.loads((checkpoint / "state.json").read_text())["config"]
     pipeline = load_pipeline(find_source(Settings(model=str(checkpoint), scheduler="iddpm")))
     pipeline.set_progress_bar_config(leave=False)
@@ -141,4 +147,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_command(main))

@@ -9,7 +9,7 @@ from PIL import Image
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pictures import GAP, MARGIN, MAX_FRAME_HEIGHT, SHEET_WIDTH, STRIP_GAP, sheet
 from stdit_fast.train import pictures
-from stdit_fast.train.pictures import Panel, contact_sheet, contact_sheets, loss_curve, read_metrics, running_mean
+from stdit_fast.train.pictures import Panel, contact_sheets, loss_curve, read_metrics, running_mean
 
 ORANGE = (255, 111, 0)
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -103,6 +103,11 @@ def test_loss_curve_without_data(tmp_path):
     with pytest.raises(ConfigError, match="no line has a step and a finite loss"):
         loss_curve(write(tmp_path / "metrics.jsonl", {"step": 1, "loss": float("nan")}), tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+def contact_sheet(video, x_mask, captions, out, decoded=None, **limits) -> None:
+    """Of one batch."""
+    contact_sheets([Panel(video, x_mask, captions, decoded=decoded)], out, **limits)
 
 
 def test_condition_frames_are_framed(tmp_path):

@@ -165,22 +165,6 @@ class Panel:
     decoded: Tensor | None = None
 
 
-def contact_sheet(
-    video: Tensor,
-    x_mask: Tensor | None,
-    captions: Sequence[str],
-    out_png: str | os.PathLike,
-    *,
-    decoded: Tensor | None = None,
-    max_samples: int = 8,
-    max_frames: int = 16,
-    title: str = "",
-) -> None:
-    """The contact sheet of one batch; arguments as in Panel and contact_sheets."""
-    panel = Panel(video, x_mask, captions, title, decoded)
-    contact_sheets([panel], out_png, max_samples=max_samples, max_frames=max_frames)
-
-
 def contact_sheets(
     panels: Sequence[Panel], out_png: str | os.PathLike, *, max_samples: int = 8, max_frames: int = 16, title: str = ""
 ) -> None:

@@ -41,11 +41,6 @@ def serving() -> list[Serving]:
     return [Serving(op, *_choosers[op]()) for op in sorted(_choosers)]
 
 
-def no_fused_kernel() -> tuple[str, str]:
-    """The chooser of an op that has its plain definition only."""
-    return REFERENCE, "this release has no fused kernel for it"
-
-
 def triton_kernel() -> tuple[str, str]:
     """The chooser of an op that a Triton kernel serves."""
     if not torch.cuda.is_available():

@@ -42,7 +42,6 @@ from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.encode import encode
-from stdit_fast.train.encode_ahead import EncodeAhead
 from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest
 from stdit_fast.train.trainer import Trainer
@@ -227,9 +226,7 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
             setattr(owner, name, parts.timed(called, function))
         own = itertools.islice(batches, len(group) * count)
         fetch = parts.timed("data", lambda own=own: next(own))
-        timed_batches = iter(fetch, None)
-        if config.encode_ahead and trainer.vae is not None:
-            timed_batches = EncodeAhead(timed_batches, trainer.vae, trainer.text_encoder, trainer.device)
+        timed_batches = trainer.on_their_way(iter(fetch, None))
         seen = {case: Seen() for case in group}
         for i in range(WARMUP + args.steps):
             for case in group:

@@ -34,6 +34,7 @@ from stdit_fast.train.features import Features, pad_texts, table_digest
 from stdit_fast.train.metadata import Metadata, load_metadata
 from stdit_fast.train.randomness import sample_rng
 from stdit_fast.train.sampler import BatchRequest
+from stdit_fast.train.send_ahead import SendAhead
 from stdit_fast.train.shards import Codec, Shard, ShardBuilder, Stored, clips_name, fingerprint, restore, size_of, store
 
 CONFIG = Path(__file__).parents[1] / "train" / "configs" / "tiny.yaml"
@@ -437,6 +438,29 @@ def test_the_loss_is_that_of_the_encoders(trainer, table, tmp_path, real_encoder
                 assert relative_error(online.losses(online.state.model, other)["loss"], want) > 10 * tolerance
         shapes.add(tuple(ours["latents"].shape[2:]))
     assert len(shapes) > 1
+
+
+def test_batches_that_are_sent_ahead_train_alike(trainer, table, tmp_path, real_encoders, monkeypatch):
+    """Two to a step; `Trainer.on_their_way` sends them on GPUs alone."""
+    from stdit_fast.train.trainer import Trainer
+
+    settings = {**real_encoders, "features.path": tmp_path / "features", "grad_accumulation": 2, "steps": 6}
+    make(table, tmp_path / "features", **real_encoders)
+    sent, runs = [], {}
+
+    class Counted(SendAhead):
+        def _sent(self, *args):
+            sent.append(args)
+            return super()._sent(*args)
+
+    for name in ("ahead", "plain"):
+        ways = {"ahead": lambda self, batches: Counted(batches, self.device, kept=2), "plain": lambda self, b: b}
+        monkeypatch.setattr(Trainer, "on_their_way", ways[name])
+        run = trainer(name, **settings)
+        run.train()
+        runs[name] = losses(run.folder)
+    assert len(sent) >= 12 and len(runs["plain"]) == 6
+    assert same(runs["ahead"], runs["plain"])
 
 
 def test_a_mean_alone_is_stored_as_such(table, tmp_path, real_encoders):

@@ -38,6 +38,7 @@ from stdit_fast.train.encode_ahead import EncodeAhead
 from stdit_fast.train.features import pad_texts
 from stdit_fast.train.metrics import Metrics
 from stdit_fast.train.pending import PendingStep, Readback, Stopwatch
+from stdit_fast.train.send_ahead import SendAhead
 from stdit_fast.train.validation import Validation
 
 logger = logging.getLogger(__name__)
@@ -119,9 +120,7 @@ class Trainer:
         self._listen_for_signals()
         self.metrics = self._open_metrics()
         self._announce()
-        batches = iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda"))
-        if self.config.encode_ahead and self.vae is not None:
-            batches = EncodeAhead(batches, self.vae, self.text_encoder, self.device)
+        batches = self.on_their_way(iter(self.data.loader(self.config, pin_memory=self.device.type == "cuda")))
         try:
             with self.watchdog:
                 while self.step < self.config.steps and not self._stopping:
@@ -141,6 +140,14 @@ class Trainer:
             if self.metrics:
                 self.metrics.message(self.metrics.summary())
                 self.metrics.close()
+
+    def on_their_way(self, batches: Iterator[dict]) -> Iterator[dict]:
+        """A loader's batches for `train_step`, where something is done for one before its step."""
+        if self.config.encode_ahead and self.vae is not None:
+            return EncodeAhead(batches, self.vae, self.text_encoder, self.device)
+        if self.device.type == "cuda":
+            return SendAhead(batches, self.device, kept=self.config.grad_accumulation)
+        return batches
 
     def train_step(self, batches: Iterator[dict]) -> None:
         """One optimizer step: `grad_accumulation` batches a process, forward, backward, guarded step.

@@ -326,11 +326,14 @@ def test_bad_samples_are_replaced_listed_once_and_limited(trainer, table, tmp_pa
     changed = [rows[0], *(r.replace(str(DATA / "bikes.mp4"), str(broken)) if "60 frames" in r else r for r in rows[1:])]
     changed = [r if r.startswith("/") or "path" in r else f"{table.parent}/{r}" for r in changed]
     data = tmp_path / "table.csv"
+    changed.append(f"{tmp_path}/gone.mp4,its size is not known either,,,")  # so that it is in no bucket
     data.write_text("\n".join(changed) + "\n")
     one = trainer(data=data, steps=12, **{"dataset.max_bad_share": 0.9})
+    assert one.bad_samples.count == 0
     one.train()
     listed = [json.loads(line) for line in (one.folder / "bad_samples.jsonl").read_text().splitlines()]
-    assert [Path(entry["path"]).name for entry in listed] == ["broken.mp4"] and listed[0]["reason"]
+    assert [Path(entry["path"]).name for entry in listed] == ["gone.mp4", "broken.mp4"]
+    assert all(entry["reason"] for entry in listed)
     assert one.step == 12 and one.bad_samples.count >= 1
 
 

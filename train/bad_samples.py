@@ -59,6 +59,12 @@ class BadSamples:
         found = list(found)
         self.seen += seen
         self.count += len(found)
+        self.add_to_list(found, write=write)
+        if (self.seen + self.count >= MIN_SEEN or self.count > MIN_BAD) and self.share > self.max_share:
+            raise TooManyBadSamples(self._complaint())
+
+    def add_to_list(self, found: Iterable[dict], *, write: bool = True) -> None:
+        """Lists bad samples that are new, without counting them: no step will meet those that no bucket takes."""
         new = []
         for entry in found:
             if entry["sample"] not in self.listed:
@@ -66,8 +72,6 @@ class BadSamples:
                 new.append({key: entry[key] for key in ("sample", "path", "reason")})
         if new and write:
             self._append(new)
-        if (self.seen + self.count >= MIN_SEEN or self.count > MIN_BAD) and self.share > self.max_share:
-            raise TooManyBadSamples(self._complaint())
 
     def state_dict(self) -> dict[str, int]:
         return {"seen": self.seen, "count": self.count}

@@ -99,6 +99,8 @@ class Trainer:
 
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep_checkpoints, self.processes)
         self.bad_samples = BadSamples(self.folder / "bad_samples.jsonl", config.dataset.max_bad_share)
+        unreadable = [{"sample": f.row, "path": f.path, "reason": f.reason} for f in self.data.metadata.unreadable]
+        self.bad_samples.add_to_list(unreadable, write=self.processes.is_main)
         self.step = self.saved_step = 0
         self.skipped = self.skipped_in_a_row = self.truncated = self.failed_samples = 0
         self.pieces = out_of_memory.Pieces()

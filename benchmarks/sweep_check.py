@@ -6,8 +6,9 @@ A round is one step of each bucket, in a random order: what one bucket leaves be
 one meets. Batches are random, of the aspect ratio with the most tokens and with full captions; everything else is
 training: plugin, optimizer, average, and the encoders where the table has them (of real size, random weights). With
 `--original` the config's own batch sizes run too. Printed are the step times, their spread over buckets and how often
-memory ran out. `--metrics FOLDER` keeps the trainer's own line of every step, TABLE.jsonl, for `plan --check`.
-`--memory-gib` holds it to a smaller GPU's memory.
+memory ran out. `--metrics FOLDER` keeps the trainer's own line of every step, TABLE.jsonl, for `plan --check`, with
+what the step did with memory. Lines are written as steps end, `--out` after each round, so that a run that is cut keeps
+what it has. `--memory-gib` holds it to a smaller GPU's memory.
 """
 
 import argparse
@@ -26,15 +27,17 @@ from pathlib import Path
 
 import torch
 
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, device_name
 from stdit_fast.benchmarks.sweep import T5_CHANNELS, read_config, worst_shapes
 from stdit_fast.benchmarks.sweep_model import GIB, Shape, imbalance, spread
 from stdit_fast.errors import ConfigError
+from stdit_fast.media.files import whole_file
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.bucket_tables import BucketTable
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.config import TrainConfig, resolutions_file
 from stdit_fast.train.features import StoredTexts
+from stdit_fast.train.out_of_memory import Pieces
 from stdit_fast.train.sampler import BatchRequest
 from stdit_fast.train.trainer import Trainer
 
@@ -58,18 +61,49 @@ class CheckTrainer(Trainer):
 
 
 class StepLines:
-    """In place of a run's record: the trainer's numbers of each step, a line each, as metrics.jsonl has them."""
+    """In place of a run's record: the trainer's numbers of each step, a line each, as metrics.jsonl has them.
 
-    def __init__(self, path: Path):
+    Args:
+        path: a file, which is begun anew.
+        trainer: whose memory is told too.
+    """
+
+    def __init__(self, path: Path, trainer: Trainer):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        path.write_text("")
+        self._path, self._trainer = path, trainer
 
     def step(self, step: int, values: dict, bucket: str) -> None:
+        line = {"step": step, "bucket": bucket} | values | memory_of_step(self._trainer)
         with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, "bucket": bucket} | values) + "\n")
+            file.write(json.dumps(line) + "\n")
 
     def message(self, text: str) -> None:
         print(text, flush=True)
+
+
+def memory_of_step(trainer: Trainer) -> dict:
+    """What the last step did with memory; in GiB where there is a GPU.
+
+    Returns:
+        recomputed: blocks; kept_activations, cuda_graph: whether; peak_gib: allocated at most since the statistics were
+        reset, reserved_gib: taken of the device now; flushes: times, in all, that the allocator had to give back what
+        it kept before it found a piece that was large enough.
+    """
+    model = trainer.state.model
+    found = {
+        "recomputed": model.last_checkpointed,
+        "kept_activations": bool(model.last_kept_activations),
+        "cuda_graph": bool(model.last_graphed),
+    }
+    if trainer.device.type != "cuda":
+        return found
+    graphs = 0 if model.graphs is None else model.graphs.pool_bytes  # which does not count as allocated
+    return found | {
+        "peak_gib": round((torch.cuda.max_memory_allocated() + graphs) / GIB, 2),
+        "reserved_gib": round(torch.cuda.memory_reserved() / GIB, 2),
+        "flushes": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+    }
 
 
 def make_batch(shape: Shape, size: int, bucket: int, *, text: torch.Tensor | None, tokens: int, pin: bool) -> dict:
@@ -118,13 +152,15 @@ def check(
     seed: int = 0,
     metrics: Path | None = None,
     limit: float = math.inf,
+    after_round: Callable[[dict[Shape, tuple[list[float], float]]], object] = lambda found: None,
 ) -> dict[Shape, tuple[list[float], float]]:
     """Seconds of each step after the first `warmup` of a bucket, and the highest peak in GiB, of each shape.
 
     Args:
-        metrics: file to which the trainer's own numbers of every step are appended.
+        metrics: file that gets the trainer's own numbers of every step, as steps are made.
         limit: seconds after which no step begins. Buckets that had none but warming steps then have the last of these,
             and those that had none at all are left out.
+        after_round: is given what there is so far after each round.
     """
     trainer.data.buckets = buckets
     on_gpu, tokens = trainer.device.type == "cuda", trainer.config.text_encoder.model_max_length
@@ -137,7 +173,11 @@ def check(
         text = text.pin_memory() if on_gpu else text
     seconds, peaks, order, batches = defaultdict(list), defaultdict(float), random.Random(seed), {}
     began = time.perf_counter()
-    trainer.metrics = None if metrics is None else StepLines(metrics)
+    trainer.metrics = None if metrics is None else StepLines(metrics, trainer)
+
+    def found() -> dict[Shape, tuple[list[float], float]]:
+        return {s: (seconds[s][warmup:] or seconds[s][-1:], peaks[s]) for s in shapes if seconds[s]}
+
     for _ in range(rounds + warmup):
         for shape in order.sample(shapes, len(shapes)):
             if time.perf_counter() - began > limit:
@@ -153,10 +193,12 @@ def check(
             trainer.settle()
             if on_gpu:
                 torch.cuda.synchronize()
-                peaks[shape] = max(peaks[shape], torch.cuda.max_memory_allocated() / GIB)
+                peaks[shape] = max(peaks[shape], memory_of_step(trainer)["peak_gib"])
             seconds[shape].append(time.perf_counter() - started)
+        if seconds:
+            after_round(found())
     trainer.metrics = None
-    return {shape: (seconds[shape][warmup:] or seconds[shape][-1:], peaks[shape]) for shape in shapes if seconds[shape]}
+    return found()
 
 
 def build_trainer(config: TrainConfig, folder: Path, encoders: bool) -> CheckTrainer:
@@ -178,32 +220,40 @@ def build_trainer(config: TrainConfig, folder: Path, encoders: bool) -> CheckTra
     return CheckTrainer(config)
 
 
-def describe(name: str, found: dict[Shape, tuple[list[float], float]], steps: int, out_of_memory: int) -> str:
-    """A line: how many steps, how even, how often memory ran out."""
+def describe(name: str, found: dict[Shape, tuple[list[float], float]], steps: int, pieces: Pieces, before: int) -> str:
+    """A line: how many steps, how even, how often memory ran out, and where.
+
+    Args:
+        pieces: what the trainer says of that; `before`: its count at the table's beginning.
+    """
+    if not found:
+        return f"{name}: no step was made"
     medians = [statistics.median(seconds) for seconds, _ in found.values()]
     peak = max(peak for _, peak in found.values())
+    at_once = ", ".join(f"{bucket} {most}" for bucket, most in pieces.limits.items())
     return (
         f"{name}: {steps} steps of {len(found)} buckets, {min(medians):.3f} to {max(medians):.3f} s, spread "
         f"{spread(medians):.1%}, slowest over mean {imbalance(medians):.1%}, peak {peak:.1f} GiB, "
-        f"out of memory {out_of_memory} times"
+        f"out of memory {pieces.count - before} times" + (f"; samples at once since: {at_once}" if at_once else "")
     )
 
 
-def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTable | None, args) -> None:
-    """Checks one table, or a config's own sizes; prints a line and appends records."""
+def run_table(
+    trainer: Trainer, name: str, config: TrainConfig, table: BucketTable | None, args, rounds: int = 1
+) -> None:
+    """Checks one table, or a config's own sizes; prints a line and adds records to those in a file."""
     shapes = list(worst_shapes(config))
     measured = None if table is None else table.buckets
     buckets = Buckets(config.buckets, resolutions_file(config.resolutions), measured)
     trainer.state.model.set_checkpointing("auto")  # a table before this one said how many blocks
     metrics = args.metrics / f"{name}.jsonl" if args.metrics is not None and table is not None else None
-    before, rounds = trainer.pieces.count, args.rounds if table is not None else 1
-    first = trainer.step
-    found = check(trainer, shapes, buckets, rounds, args.warm_up, metrics=metrics, limit=args.seconds)
-    line = describe(name, found, trainer.step - first, trainer.pieces.count - before)
-    print(line, flush=True)
-    if args.out:
-        steps = trainer.step - first
-        sizes = {(b.resolution, b.num_frames): b for b in buckets}
+    before, first = trainer.pieces.count, trainer.step
+    sizes = {(b.resolution, b.num_frames): b for b in buckets}
+    earlier = args.out.read_bytes() if args.out and args.out.is_file() else b""
+
+    def keep(found: dict[Shape, tuple[list[float], float]]) -> None:
+        if not args.out:
+            return
         records = []
         for shape, (seconds, peak) in found.items():
             bucket = sizes[shape.resolution, shape.frames]
@@ -213,12 +263,19 @@ def run_table(trainer: Trainer, name: str, config: TrainConfig, table: BucketTab
                 "batch": bucket.batch_size,
                 "checkpointed": bucket.checkpointed,
                 "table_seconds": None if table is None else bucket.seconds,
-                "steps_of_all": steps,
+                "steps": len(seconds),
+                "steps_of_all": trainer.step - first,
                 "memory_gib": args.memory_gib,
+                "at_once": trainer.pieces.limits.get(shape.name),  # where memory ran out: samples since then
+                "out_of_memory_of_all": trainer.pieces.count - before,
             }
-            record.notes["out_of_memory_of_all"] = trainer.pieces.count - before
             records.append(record)
-        append(args.out, records)
+        with whole_file(args.out) as draft:  # after each round in place of the one before
+            draft.write_bytes(earlier)
+            append(draft, records)
+
+    found = check(trainer, shapes, buckets, rounds, args.warm_up, metrics=metrics, limit=args.seconds, after_round=keep)
+    print(describe(name, found, trainer.step - first, trainer.pieces, before), flush=True)
     trainer.pieces.limits.clear()
     trainer.pieces.known.clear()
 
@@ -228,14 +285,20 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", type=Path, required=True)
     parser.add_argument("--table", nargs="+", type=Path, required=True, help="one for each config, in that order")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each bucket that count")
+    parser.add_argument(
+        "--rounds", type=int, nargs="+", default=[3], help="steps of each bucket that count; of all tables or of each"
+    )
     parser.add_argument("--warm-up", type=int, default=WARMUP, help="steps of each bucket before them")
     parser.add_argument("--seconds", type=float, default=math.inf, help="of each table at most")
     parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
     parser.add_argument("--original", action="store_true", help="run the configs' own batch sizes too, one round")
     parser.add_argument("--metrics", type=Path, help="folder for the trainer's lines of each table's steps")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=Path, help="results file to append to")
     args = parser.parse_args(arguments)
+    if len(args.rounds) not in (1, len(args.table)) or min(args.rounds) < 1:
+        raise ConfigError("--rounds", args.rounds, f"1 or more: one number, or {len(args.table)}, one for each table")
+    if args.warm_up < 0:
+        raise ConfigError("--warm-up", args.warm_up, "use 0 or more")
     if len(args.config) != len(args.table):
         raise ConfigError("--table", [str(t) for t in args.table], f"name {len(args.config)}, one for each config")
     configs = [read_config(path) for path in args.config]
@@ -246,14 +309,21 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
         missing = table.missing((s.resolution, s.frames) for s in worst_shapes(config))
         if missing:
             raise ConfigError("--table", str(table.path), f"it does not know {', '.join(missing)}")
+    others = [table for table in tables if table.device != device_name()]
+    if others and not torch.cuda.is_available():
+        remedy = f"its steps are of {others[0].device}, and there is no GPU here"
+        raise ConfigError("--table", str(others[0].path), remedy)
+    for table in others:
+        print(f"{table.path}: its times are of {table.device}, and this is {device_name()}", flush=True)
     if args.memory_gib and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), 0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(configs[0], Path(folder), tables[0].encoders)
         ready()
-        for path, config, table in zip(args.table, configs, tables, strict=True):
-            run_table(trainer, path.stem, config, table, args)
+        rounds = args.rounds if len(args.rounds) > 1 else args.rounds * len(tables)
+        for path, config, table, count in zip(args.table, configs, tables, rounds, strict=True):
+            run_table(trainer, path.stem, config, table, args, count)
             if args.original:
                 run_table(trainer, f"{path.stem} original sizes", config, None, args)
         trainer.processes.close()

@@ -371,11 +371,9 @@ def test_tables_are_checked_by_the_trainer_itself(tmp_path, monkeypatch):
     assert set(found) == set(shapes) and all(len(s) == 2 and min(s) > 0 for s, _ in found.values())
     assert trainer.step == 3 * len(shapes) and trainer.pieces.count == 0 and trainer.skipped == 0
     assert trainer.state.model.last_checkpointed == 1, "the table's blocks are recomputed"
-    args = SimpleNamespace(
-        rounds=1, warm_up=0, metrics=None, seconds=math.inf, memory_gib=None, out=str(tmp_path / "check.jsonl")
-    )
+    args = SimpleNamespace(warm_up=0, metrics=None, seconds=math.inf, memory_gib=None, out=tmp_path / "check.jsonl")
     table = bucket_tables.BucketTable("cpu", 1.0, 1, False, 0.1, {}, 8, entries)
-    sweep_check.run_table(trainer, "tiny", config, table, args)
+    sweep_check.run_table(trainer, "tiny", config, table, args, 1)
     sweep_check.run_table(trainer, "tiny original sizes", config, None, args)
     assert trainer.state.model.last_checkpointed == 0, "a table's blocks are not those of the sizes after it"
     rows = sweep_check_table(tmp_path / "check.jsonl").splitlines()
@@ -392,8 +390,11 @@ def test_tables_are_checked_by_the_trainer_itself(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep_check.CheckTrainer, "losses", limited)
     sweep_check.check(trainer, shapes, buckets, rounds=1, warmup=0)
-    assert trainer.pieces.count == sum(s.frames == 1 for s in shapes)
-    assert f"out of memory {trainer.pieces.count} times" in sweep_check.describe("t", found, 3, trainer.pieces.count)
+    images = [s.name for s in shapes if s.frames == 1]
+    assert trainer.pieces.count == len(images)
+    line = sweep_check.describe("t", found, 3, trainer.pieces, 0)
+    assert f"out of memory {len(images)} times; samples at once since: " in line
+    assert all(f"{name} 1" in line for name in images)
 
 
 def test_memory_for_activations_is_told_apart():

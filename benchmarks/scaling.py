@@ -22,6 +22,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -151,19 +152,24 @@ class Training:
         return [Record.of_times("scaling", what, impl, own, bytes=size) for what, own in times.items()]
 
     def forward_backward(self, bucket: Bucket, parts: int, batch: dict) -> None:
-        plugin = self.booster.plugin
-        with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
-            losses = self.diffusion.training_losses(
-                self.model,
-                batch["latents"],
-                batch["timestep"],
-                batch["arguments"],
-                noise=batch["noise"],
-                mask=batch["x_mask"],
-                counted=batch["counted"],
-            )
-            with self.optimizer.reducing():
-                self.optimizer.backward(losses["loss"].mean())
+        """Of a batch, in the pieces that a table has for it, as the trainer does."""
+        plugin, count = self.booster.plugin, bucket.pieces if parts == 1 else 1
+        bounds = [bucket.batch_size * i // count for i in range(count + 1)]
+        for begin, end in zip(bounds, bounds[1:], strict=False):
+            piece = {key: value[begin:end] for key, value in batch.items() if key != "arguments"}
+            arguments = {key: value[begin:end] for key, value in batch["arguments"].items()}
+            with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
+                losses = self.diffusion.training_losses(
+                    self.model,
+                    piece["latents"],
+                    piece["timestep"],
+                    arguments,
+                    noise=piece["noise"],
+                    mask=piece["x_mask"],
+                    counted=piece["counted"],
+                )
+                with self.optimizer.reducing() if end == bucket.batch_size else nullcontext():
+                    self.optimizer.backward(losses["loss"].mean() * ((end - begin) / bucket.batch_size))
 
     def batch(self, bucket: Bucket, parts: int, part: int) -> dict:
         """Random inputs; every second video has its first frame as a condition."""

@@ -1,12 +1,13 @@
-"""Batch sizes for this GPU: for every bucket of a config how many samples, and how many blocks to recompute.
+"""Batch sizes for this GPU: for every bucket of a config how many samples, in how many pieces, with what recomputed.
 
     python -m stdit_fast.benchmarks.sweep --config train/configs/stage2.yaml
 
 so that all buckets take about the same time a step, and each fits into memory. A few probes fit a model of time
 and memory (`sweep_model`); a step time is chosen from it, or given; every bucket is then measured at its size, and the
-size corrected by what was measured. It is sized for the worst case: the aspect ratio with the most tokens, full
+size corrected by what was measured. What of a batch does not fit at once runs in pieces, whose gradients add up, or has
+blocks recomputed, whichever is faster. It is sized for the worst case: the aspect ratio with the most tokens, full
 captions, autoencoder and text encoder where the config has them (measured by themselves, and added), optimizer,
-average, and a margin.
+average, and a margin, as buckets that take turns leave memory in parts.
 
 FOLDER gets <config>.yaml for each config (with `-encoders` at its end where they run in the step), which
 `--buckets auto` finds in its usual place; sweep.jsonl, every measurement; report.html, a page to read. The same command
@@ -23,7 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from stdit_fast.benchmarks.sweep_model import (
     imbalance,
     most_even,
     spread,
+    targets,
 )
 from stdit_fast.benchmarks.sweep_step import StepMeasurer
 from stdit_fast.errors import ConfigError
@@ -57,11 +59,14 @@ from stdit_fast.train.bucket_tables import BucketTable, Entry
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.config import TrainConfig, model_config, parse, resolutions_file
 
-# Blocks come and go in many sizes, so that the allocator cannot use every byte; and a run differs from a measurement.
-MARGIN = 0.06
+# Where buckets take turns, their tensors of many sizes divide memory among themselves: with stage 2's 25 buckets at
+# peaks of 66 to 72 of 79 GiB half of the steps ran out of it. Pieces make that room nearly free.
+MARGIN = 0.15
 # What NCCL and the gradients' buckets on their way take where there are several ranks.
 COMMUNICATION = 1536 << 20
 TRIES = 5  # probes of one bucket until its choice stands
+PASSES = 3  # changes of a stage's step time after all of its buckets were measured
+DRIFT_PROBES = 5  # that tell how much faster or slower other kernels are
 BETTER = 0.03  # a choice is given up for another that is expected to be better by so much,
 BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much, and no less even,
 EVENER = 0.05  # or for one nearby whose spread is smaller by so much
@@ -104,6 +109,7 @@ class Stage:
     shapes: list[Shape]
     original: dict[Shape, int]
     seconds: float | None = None  # the target, once chosen
+    first_seconds: float | None = None  # as it was before all of its buckets were measured
     choices: dict[Shape, Choice] = field(default_factory=dict)
 
 
@@ -139,14 +145,15 @@ class Sweep:
     Args:
         stages: configs whose tables are wanted; what they have in common is measured once.
         conditions: of the measurements.
-        measure: (shape, batch, checkpointed blocks) -> Probe.
+        measure: (shape, batch, checkpointed blocks, pieces) -> Probe.
         record: is given each new probe.
         known: probes of an earlier, interrupted sweep.
         hints: probes of other kernels, which tell where to begin.
-        keeps: (bytes held by encoders, shape, batch, recomputed blocks) -> whether the model keeps activations.
+        keeps: (bytes held by encoders, shape, samples at once, recomputed blocks) -> whether activations are kept.
         step_seconds: the target for all stages; None: chosen for each.
         encoding: what autoencoder and text encoder add; None: they do not run.
         verify: whether every choice is measured; False: it may follow from what is known of its bucket.
+        longest_step: seconds beyond which no step time is aimed at, unless a single sample takes that long.
         say: prints progress.
 
     Raises:
@@ -157,18 +164,20 @@ class Sweep:
         self,
         stages: list[Stage],
         conditions: Conditions,
-        measure: Callable[[Shape, int, int], Probe],
+        measure: Callable[[Shape, int, int, int], Probe],
         record: Callable[[Probe], None] = lambda probe: None,
         known: list[Probe] | None = None,
         keeps: Callable[[float, Shape, int, int], bool] | None = None,
         step_seconds: float | None = None,
         encoding: EncodingCost | None = None,
         verify: bool = True,
+        longest_step: float = math.inf,
         hints: list[Probe] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
         self.step_seconds, self.encoding, self.verify, self.say = step_seconds, encoding, verify, say
+        self.longest_step = longest_step
         held = encoding.held if encoding else 0
         self.budget = conditions.budget - held
         self.model = StepModel(
@@ -202,8 +211,13 @@ class Sweep:
             raise ConfigError("buckets", [stage.name for stage in self.stages], remedy)
         for stage in self.stages:
             self._choose_target(stage)
+            if self.verify and self._measure_drift(stage):
+                stage.seconds = None
+                self._choose_target(stage)
             self._settle(stage)
-            if self.verify and self._choose_target(stage):  # what was measured may speak for another step time
+            for _ in range(PASSES if self.verify else 0):  # what was measured may speak for another step time
+                if not self._choose_target(stage):
+                    break
                 self._settle(stage)
             settled(stage)
 
@@ -228,18 +242,33 @@ class Sweep:
             anchors.append((shape, _batch_near(shape, again / 2, depth)[0], depth if i % 2 else depth // 2))
         return list(dict.fromkeys(anchors))
 
-    def _probe(self, shape: Shape, batch: int, checkpointed: int) -> None:
+    def _measure_drift(self, stage: Stage) -> bool:
+        """How other kernels' times differ from these, by a few choices of buckets that have no probes yet.
+
+        The step time is chosen anew then, before each bucket is measured for it. Answers whether anything was measured.
+        """
+        unknown = [s for s in stage.shapes if self.model.hinted(s) and not self.model.known_itself(s)]
+        if len(unknown) < len(stage.shapes) / 2:
+            return False
+        unknown.sort(key=lambda s: (s.frames, s.positions))
+        for shape in unknown[:: max(1, len(unknown) // DRIFT_PROBES)]:
+            choice = closest(self._options_of(shape, stage), stage.seconds)
+            self._probe(shape, choice.batch, choice.checkpointed, choice.pieces)
+        return True
+
+    def _probe(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> None:
         """Measures, unless that is known."""
-        if self.model.find(shape, batch, checkpointed) is not None:
+        if self.model.find(shape, batch, checkpointed, pieces) is not None:
             return
         started = time.perf_counter()
-        probe = self.measure(shape, batch, checkpointed)
+        probe = self.measure(shape, batch, checkpointed, pieces)
         self.count += 1
         self.model.add(probe)
         self.record(probe)
         told = f"{probe.median:8.3f} s {probe.peak / GIB:7.1f} GiB" if probe.ran else "      out of memory  "
         took = time.perf_counter() - started
-        self.say(f"{shape.name:<10} batch {batch:<4} recomputed {checkpointed:<3}{told}   ({took:.1f} s)")
+        how = f"batch {batch:<4} in {pieces:<2} recomputed {checkpointed:<3}"
+        self.say(f"{shape.name:<10} {how}{told}   ({took:.1f} s)")
 
     # ----------------------------------------------------------------- choosing
 
@@ -263,23 +292,29 @@ class Sweep:
             changed, stage.seconds = stage.seconds is None, self.step_seconds
             return changed
         options = self._options(stage, self._longest(stage))
-        best = best_target(options)
+        best = best_target(options, self.longest_step)
         if stage.seconds is not None:
-            best = self._better_target(options, stage.seconds, best)
+            near = min(stage.first_seconds, self.longest_step / 1.25)  # about which a more even one is looked for
+            best = self._better_target(options, stage.seconds, near, best)
             if best is None:
                 return False
+        else:  # what another stage aims at is measured already, where they share buckets
+            tried = targets(options, self.longest_step)
+            others = [s.seconds for s in self.stages if s.seconds is not None and tried[0] <= s.seconds <= tried[-1]]
+            serve = [t for t in others if self._better_target(options, t, t, best) is None]
+            best = stage.first_seconds = serve[0] if serve else best
         stage.seconds = best
         self.say(f"{stage.name}: {best:.3f} s a step")
         return True
 
     @staticmethod
-    def _better_target(options: dict[Shape, list[Choice]], seconds: float, best: float) -> float | None:
-        """`best`, if it is worth leaving `seconds` for it; else a step time near that one with much evener steps."""
+    def _better_target(options: dict[Shape, list[Choice]], seconds: float, near: float, best: float) -> float | None:
+        """`best`, if it is worth leaving `seconds` for it; else a step time near `near` with much evener steps."""
 
         def choices(target: float) -> list[Choice]:
             return [closest(found, target) for found in options.values()]
 
-        now, then, nearby = choices(best), choices(seconds), most_even(options, seconds)
+        now, then, nearby = choices(best), choices(seconds), most_even(options, near)
         uneven = spread(c.seconds for c in then)
         better = exchanging(options, now) - exchanging(options, then) >= BETTER_TARGET
         if better and spread(c.seconds for c in now) <= uneven:
@@ -293,7 +328,7 @@ class Sweep:
             for _ in range(TRIES if self.verify else 0):
                 if self._stands(choice, self.model.measured(shape, self.budget), stage.seconds):
                     break
-                self._probe(shape, choice.batch, choice.checkpointed)
+                self._probe(shape, choice.batch, choice.checkpointed, choice.pieces)
                 choice = closest(self._options_of(shape, stage), stage.seconds)
             measured = self.model.measured(shape, self.budget)
             if self.verify and not measured:
@@ -305,9 +340,9 @@ class Sweep:
     def _leanest(self, measured: list[Choice], seconds: float) -> Choice:
         """The best of what was measured, with fewer recomputed blocks where these fit and save time."""
         best = self._best(measured, seconds)
-        leaner = self.model.fitting(best.shape, best.batch, self.budget)
+        leaner = self.model.fitting(best.shape, best.batch, self.budget, best.pieces)
         if leaner is not None and leaner.seconds < (1 - BETTER) * best.seconds:
-            self._probe(leaner.shape, leaner.batch, leaner.checkpointed)
+            self._probe(leaner.shape, leaner.batch, leaner.checkpointed, leaner.pieces)
         same = [c for c in self.model.measured(best.shape, self.budget) if c.batch == best.batch]
         return min(same, key=lambda c: c.seconds)
 
@@ -338,7 +373,9 @@ class Sweep:
         """What came out, as training reads it."""
         entries = {}
         for shape, choice in stage.choices.items():
-            probe = self.model.find(shape, choice.batch, choice.checkpointed) if choice.measured else None
+            probe = (
+                self.model.find(shape, choice.batch, choice.checkpointed, choice.pieces) if choice.measured else None
+            )
             around = (min(probe.seconds) - probe.median, max(probe.seconds) - probe.median) if probe else (0.0, 0.0)
             entries[shape.resolution, shape.frames] = Entry(
                 batch_size=choice.batch,
@@ -351,6 +388,7 @@ class Sweep:
                 height=shape.height,
                 width=shape.width,
                 measured=choice.measured,
+                pieces=choice.pieces,
             )
         of = self.conditions
         return BucketTable(
@@ -418,7 +456,7 @@ def as_record(probe: Probe, conditions: Conditions, config) -> Record:
     shape, tokens = probe.shape, conditions.text_tokens
     return Record.of_times(
         "sweep",
-        f"{shape.name}-{probe.batch}-recomputed-{probe.checkpointed}",
+        f"{shape.name}-{probe.batch}{f'-in-{probe.pieces}' * (probe.pieces > 1)}-recomputed-{probe.checkpointed}",
         "step",
         [1000 * s for s in probe.seconds],
         flops=step_flops(config, probe.batch, shape.frames, shape.positions, tokens),
@@ -428,6 +466,7 @@ def as_record(probe: Probe, conditions: Conditions, config) -> Record:
             "shape": [shape.resolution, shape.frames, shape.height, shape.width, shape.positions],
             "batch": probe.batch,
             "checkpointed": probe.checkpointed,
+            "pieces": probe.pieces,
             "seconds": [round(s, 5) for s in probe.seconds],
             "out_of_memory": not probe.ran,
             "keeps_activations": probe.keeps,
@@ -485,11 +524,12 @@ def read_probes(path: Path, conditions: Conditions) -> tuple[list[Probe], list[P
             tuple(notes["seconds"]),
             round((record["peak_gib"] or 0) * GIB),
             notes.get("keeps_activations", False),
+            notes.get("pieces", 1),
         )
         if notes["conditions"].get("code") == wanted["code"]:
             probes.append(probe)
-        elif probe.shape.tokens(probe.batch) > MAX_TOKENS:
-            hints[probe.shape, probe.batch, probe.checkpointed] = probe
+        elif probe.shape.tokens(probe.at_once) > MAX_TOKENS:
+            hints[probe.shape, probe.batch, probe.checkpointed, probe.pieces] = probe
     return probes, list(hints.values())
 
 
@@ -563,6 +603,7 @@ def main(arguments: list[str] | None = None) -> int:
         encoding = _encoding(out / "encoders.json", conditions, first.vae.micro_batch_size, shapes, device)
         _say(f"{encoding}")
     probes, hints = read_probes(file, conditions)
+    keeps = lru_cache(maxsize=None)(partial(keeps_activations, model, limit, conditions.base))
 
     def sweep_of(stages: list[Stage], known: list[Probe], encoders: bool) -> Sweep:
         return Sweep(
@@ -571,7 +612,8 @@ def main(arguments: list[str] | None = None) -> int:
             measurer,
             record=lambda probe: append(file, [as_record(probe, conditions, model)]),
             known=known,
-            keeps=partial(keeps_activations, model, limit, conditions.base),
+            keeps=keeps,
+            longest_step=args.longest_step,
             step_seconds=args.step_seconds,
             encoding=encoding if encoders else None,
             verify=args.encoders != "both" or not encoders,
@@ -627,7 +669,7 @@ def _write(folder: Path, sweep: Sweep, stage: Stage) -> None:
 def keeps_activations(
     model, limit: float, base: float, held: float, shape: Shape, batch: int, checkpointed: int
 ) -> bool:
-    """Whether the model keeps the MLPs' activations of a batch on a GPU, as it decides itself."""
+    """Whether the model keeps the MLPs' activations of so many samples at once on a GPU, as it decides itself."""
     tokens, kept = shape.tokens(batch), memory.KEPT_UNITS + 2 * model.mlp_ratio
     needed = memory.needed_bytes(2 * model.hidden_size * tokens, model.depth, kept, checkpointed)
     return needed <= memory.activation_budget(limit, base + held, memory.text_bytes(model, batch))
@@ -646,6 +688,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", nargs="+", type=Path, required=True, help="training configs, one table each")
     parser.add_argument("--out", type=Path, help="folder of the tables; by default where `--buckets auto` looks first")
     parser.add_argument("--step-seconds", type=float, help="step time to aim at; by default chosen for throughput")
+    parser.add_argument("--longest-step", type=float, default=math.inf, help="seconds that a chosen step takes at most")
     parser.add_argument("--world-size", type=int, default=1, help="GPUs that share the optimizer's state (ZeRO)")
     parser.add_argument(
         "--encoders", choices=("auto", "on", "off", "both"), default="auto",
@@ -655,7 +698,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--margin", type=float, default=MARGIN, help="share of the memory that is left alone")
     parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
     args = parser.parse_args(arguments)
-    for name, low, high in (("step_seconds", 1e-3, 3600), ("world_size", 1, 1 << 20), ("margin", 0, 0.5)):
+    for name, low, high in (
+        ("step_seconds", 1e-3, 3600),
+        ("longest_step", 1e-3, math.inf),
+        ("world_size", 1, 1 << 20),
+        ("margin", 0, 0.5),
+    ):
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             raise ConfigError(f"--{name.replace('_', '-')}", value, f"use a value between {low} and {high}")

@@ -261,6 +261,7 @@ def run_table(
             record.peak_gib = round(peak, 2) if peak else None
             record.notes = {
                 "batch": bucket.batch_size,
+                "pieces": bucket.pieces,
                 "checkpointed": bucket.checkpointed,
                 "table_seconds": None if table is None else bucket.seconds,
                 "steps": len(seconds),

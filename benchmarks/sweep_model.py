@@ -14,7 +14,13 @@ from functools import cached_property
 
 import numpy as np
 
+from stdit_fast.model.graphs import MAX_TOKENS
+
 GIB = 2**30
+MOST_PIECES = 16  # of a batch
+PIECE = 0.25  # of a step's floor that each further piece costs: launches, gradients that are added; the optimizer not
+SMALL_GAIN = 0.005  # is not worth a piece
+FINE = 100  # batch sizes of which so many and more lie apart by one in so many
 OUT_OF_MEMORY = 1.08  # more is expected of a bucket after each time that it ran out of memory, until a size has fit
 # What a step costs beside its own work where many machines share one: gradients one way, weights the other (modelled
 # for 64 GPUs, docs/multi_gpu.md). A step time is chosen with it, as if every run were such a one.
@@ -50,6 +56,7 @@ class Probe:
         seconds: of each repeat; empty where it ran out of memory.
         peak: bytes allocated at most.
         keeps: whether the MLPs' activations were kept, for which there has to be memory.
+        pieces: passes in which the batch ran.
     """
 
     shape: Shape
@@ -58,6 +65,12 @@ class Probe:
     seconds: tuple[float, ...] = ()
     peak: int = 0
     keeps: bool = False
+    pieces: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Samples that run at once."""
+        return -(-self.batch // self.pieces)
 
     @property
     def ran(self) -> bool:
@@ -79,6 +92,12 @@ class Choice:
     peak: float
     measured: bool = False
     keeps: bool = False
+    pieces: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Samples that run at once."""
+        return -(-self.batch // self.pieces)
 
 
 class StepModel:
@@ -89,7 +108,7 @@ class StepModel:
         base: bytes that every step takes: weights, gradients, the optimizer's state.
         probes: what is known; `add` brings more.
         encoding: seconds that encoding adds to a step of so many samples of a shape; None: nothing is encoded.
-        keeps: (shape, batch, recomputed blocks) -> whether the model keeps activations; None: it never does.
+        keeps: (shape, samples at once, recomputed blocks) -> whether the model keeps activations; None: it never does.
         hints: probes of other kernels. They stand for a bucket until it has a probe that ran, and are never measured.
     """
 
@@ -130,6 +149,7 @@ class StepModel:
 
     def _fit(self) -> None:
         self._factors: dict[Shape, float] = {}
+        self._peaks: dict[tuple[Shape, int, int], float] = {}
         self._by_shape: dict[Shape, list[Probe]] = {}
         for probe in self.probes:
             self._by_shape.setdefault(probe.shape, []).append(probe)
@@ -152,6 +172,10 @@ class StepModel:
         """Whether probes of other kernels tell about a bucket."""
         return shape in self._hints
 
+    def known_itself(self, shape: Shape) -> bool:
+        """Whether a bucket has a probe that ran."""
+        return bool(self._own(shape))
+
     def known(self, shape: Shape) -> list[Probe]:
         """A bucket's probes that ran, or else its hints."""
         return self._own(shape) or self._hints.get(shape, [])
@@ -166,21 +190,22 @@ class StepModel:
         over_frames = tokens * shape.frames if shape.frames > 1 else 0
         work = [tokens, tokens * shape.positions, over_frames]
         activations = 0 if of.keeps else tokens * (1 - again)  # made again in the backward pass
-        return [1.0, *work, of.batch, tokens * again, tokens * shape.positions * again, activations]
+        floor = 1 + PIECE * (of.pieces - 1)
+        return [floor, *work, of.batch, tokens * again, tokens * shape.positions * again, activations]
 
     def _memory_terms(self, of: "Probe | Choice") -> list[float]:
-        tokens = of.shape.tokens(of.batch)
+        tokens = of.shape.tokens(of.at_once)
         # Of checkpointed blocks one at a time is there as a whole.
         kept = max(self.depth - of.checkpointed, 1)
-        return [tokens, tokens * kept, tokens * kept * of.keeps, of.batch, of.batch * of.shape.frames]
+        return [tokens, tokens * kept, tokens * kept * of.keeps, of.at_once, of.at_once * of.shape.frames]
 
     @staticmethod
     def _formula(coefficients: Sequence[float], terms: list[float]) -> float:
         return sum(c * t for c, t in zip(coefficients, terms, strict=True))
 
-    def seconds(self, shape: Shape, batch: int, checkpointed: int) -> float:
+    def seconds(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> float:
         """Expected seconds of a step; measured ones where there are."""
-        seconds = self._alone(self._at(shape, batch, checkpointed))
+        seconds = self._alone(self._at(shape, batch, checkpointed, pieces))
         if self._drift and self.hinted(shape) and not self._own(shape):
             seconds *= float(np.median(self._drift))  # other kernels are as much faster or slower as elsewhere
         return seconds + (self.encoding(shape, batch) if self.encoding else 0.0)
@@ -192,30 +217,36 @@ class StepModel:
             seconds *= near.median / self._formula(self.time, self._time_terms(near))
         return seconds
 
-    def _at(self, shape: Shape, batch: int, checkpointed: int) -> Choice:
-        return Choice(shape, batch, checkpointed, 0, 0, keeps=self._keeps(shape, batch, checkpointed))
+    def _at(self, shape: Shape, batch: int, checkpointed: int, pieces: int) -> Choice:
+        keeps = self._keeps(shape, -(-batch // pieces), checkpointed)
+        return Choice(shape, batch, checkpointed, 0, 0, keeps=keeps, pieces=pieces)
 
-    def find(self, shape: Shape, batch: int, checkpointed: int) -> Probe | None:
+    def find(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> Probe | None:
         """The probe of that very step."""
-        own = self._by_shape.get(shape, ())
-        return next((p for p in own if (p.batch, p.checkpointed) == (batch, checkpointed)), None)
+        own, wanted = self._by_shape.get(shape, ()), (batch, checkpointed, pieces)
+        return next((p for p in own if (p.batch, p.checkpointed, p.pieces) == wanted), None)
 
     def measured(self, shape: Shape, budget: float) -> list[Choice]:
         """What was measured of a bucket and fits into `budget` bytes."""
-        return [
-            Choice(shape, p.batch, p.checkpointed, self.seconds(shape, p.batch, p.checkpointed), p.peak, measured=True)
-            for p in self._own(shape)
-            if p.peak <= budget
-        ]
+        found = []
+        for p in self._own(shape):
+            if p.peak <= budget:
+                seconds = self.seconds(shape, p.batch, p.checkpointed, p.pieces)
+                found.append(Choice(shape, p.batch, p.checkpointed, seconds, p.peak, measured=True, pieces=p.pieces))
+        return found
 
-    def peak(self, shape: Shape, batch: int, checkpointed: int) -> float:
-        """Expected bytes allocated at most; measured ones where there are; else on the safe side of errors."""
-        at = self._at(shape, batch, checkpointed)
-        own = self._own(shape)
-        for probe in own:
-            if (probe.batch, probe.checkpointed) == (batch, checkpointed):
-                return float(probe.peak)
-        return self.base + self._memory_factor(shape) * self._formula(self.memory, self._memory_terms(at))
+    def peak(self, shape: Shape, at_once: int, checkpointed: int) -> float:
+        """Expected bytes allocated at most, of so many samples at once; measured ones where there are; else on the safe
+        side of errors."""
+        key = shape, at_once, checkpointed
+        if key not in self._peaks:
+            known = [p.peak for p in self._own(shape) if (p.at_once, p.checkpointed) == (at_once, checkpointed)]
+            if known:
+                self._peaks[key] = float(max(known))
+            else:
+                terms = self._memory_terms(self._at(shape, at_once, checkpointed, 1))
+                self._peaks[key] = self.base + self._memory_factor(shape) * self._formula(self.memory, terms)
+        return self._peaks[key]
 
     def _memory_factor(self, shape: Shape) -> float:
         """What the formula for memory is multiplied by for a bucket."""
@@ -227,10 +258,10 @@ class StepModel:
             self._factors[shape] = factor * OUT_OF_MEMORY**failed
         return self._factors[shape]
 
-    def refuted(self, shape: Shape, batch: int, checkpointed: int) -> bool:
-        """Whether a probe with no more samples and no fewer recomputed blocks has run out of memory."""
+    def refuted(self, shape: Shape, at_once: int, checkpointed: int) -> bool:
+        """Whether a probe with no more samples at once and no fewer recomputed blocks has run out of memory."""
         return any(
-            not p.ran and p.batch <= batch and p.checkpointed >= checkpointed for p in self._by_shape.get(shape, [])
+            not p.ran and p.at_once <= at_once and p.checkpointed >= checkpointed for p in self._by_shape.get(shape, [])
         )
 
     def _nearest(self, at: Choice) -> Probe | None:
@@ -240,34 +271,72 @@ class StepModel:
             return None
         return min(
             known,
-            key=lambda p: abs(math.log(p.batch / at.batch)) + abs(p.checkpointed - at.checkpointed) / self.depth,
+            key=lambda p: (
+                abs(math.log(p.at_once / at.at_once)) + abs(p.checkpointed - at.checkpointed) / self.depth,
+                abs(math.log(p.batch / at.batch)),
+            ),
         )
 
     # ---------------------------------------------------------------- choosing
 
-    def fitting(self, shape: Shape, batch: int, budget: float, least: int = 0) -> Choice | None:
-        """With the fewest recomputed blocks, `least` or more, that fit into `budget` bytes; None if none does."""
+    def fewest(self, shape: Shape, at_once: int, budget: float, least: int = 0) -> int | None:
+        """The fewest recomputed blocks, `least` or more, with which so many samples at once fit; None if none does."""
         for count in range(least, self.depth + 1):
-            peak = self.peak(shape, batch, count)
-            if peak <= budget and not self.refuted(shape, batch, count):
-                known = self.find(shape, batch, count) is not None
-                return Choice(shape, batch, count, self.seconds(shape, batch, count), peak, known)
+            if self.peak(shape, at_once, count) <= budget and not self.refuted(shape, at_once, count):
+                return count
         return None
 
+    def fitting(self, shape: Shape, batch: int, budget: float, pieces: int = 1, least: int = 0) -> Choice | None:
+        """With the fewest recomputed blocks, `least` or more, that fit into `budget` bytes; None if none does."""
+        count = self.fewest(shape, -(-batch // pieces), budget, least)
+        if count is None:
+            return None
+        return self._choice(shape, batch, count, pieces, self.seconds(shape, batch, count, pieces))
+
+    def _choice(self, shape: Shape, batch: int, checkpointed: int, pieces: int, seconds: float) -> Choice:
+        peak = self.peak(shape, -(-batch // pieces), checkpointed)
+        known = self.find(shape, batch, checkpointed, pieces) is not None
+        return Choice(shape, batch, checkpointed, seconds, peak, known, pieces=pieces)
+
     def options(self, shape: Shape, budget: float, longest: float) -> list[Choice]:
-        """Every batch size that fits, up to the first whose step takes longer than `longest` seconds.
+        """Batch sizes that fit, up to the first whose step takes longer than `longest` seconds: every one, of large
+        ones such as lie a hundredth apart.
+
+        A batch runs in as many pieces as make its step the shortest: of smaller ones fewer blocks are recomputed. They
+        are no smaller than what CUDA graphs run.
 
         Raises:
             ValueError: not even one sample fits.
         """
         found: list[Choice] = []
-        for batch in range(1, 1 << 14):
-            option = self.fitting(shape, batch, budget, found[-1].checkpointed if found else 0)
-            if option is None:
+        fewest: dict[int, int | None] = {}  # recomputed blocks, by samples at once
+
+        def recomputed(at_once: int) -> int | None:
+            if at_once not in fewest:
+                fewest[at_once] = self.fewest(shape, at_once, budget)
+            return fewest[at_once]
+
+        batch, whole = 1, True
+        while batch < 1 << 14:
+            ways = []
+            whole = whole and recomputed(batch) is not None
+            for pieces in range(1 if whole else 2, min(batch, MOST_PIECES) + 1):
+                at_once = -(-batch // pieces)
+                if pieces > 1 and shape.tokens(at_once) <= MAX_TOKENS:
+                    break
+                if -(-batch // at_once) < pieces or recomputed(at_once) is None:
+                    continue
+                count = recomputed(at_once)
+                ways.append((self.seconds(shape, batch, count, pieces), pieces, count))
+                if count == 0:
+                    break
+            if not ways:
                 break
-            found.append(option)
-            if option.seconds > longest:
+            seconds, pieces, count = min(ways, key=lambda way: way[0] * (1 + SMALL_GAIN * way[1]))
+            found.append(self._choice(shape, batch, count, pieces, seconds))
+            if seconds > longest:
                 break
+            batch += max(1, batch // FINE)
         if not found:
             raise ValueError(f"not even one sample of {shape.name} fits into {budget / GIB:.1f} GiB")
         return found
@@ -327,22 +396,38 @@ def imbalance(seconds: Iterable[float]) -> float:
     return max(values) / float(np.mean(values)) - 1
 
 
-def targets(options: dict[Shape, list[Choice]], count: int = 160) -> np.ndarray:
-    """Step times worth trying: from three quarters of the longest that one sample takes, to three times that."""
+def chosen_for(options: dict[Shape, list[Choice]], tried: np.ndarray) -> list[list[Choice]]:
+    """For each step time of `tried` the `closest` option of every bucket."""
+    columns = []
+    for found in options.values():
+        distance = np.abs(np.log([o.seconds for o in found])[None, :] - np.log(tried)[:, None])
+        columns.append([found[i] for i in distance.argmin(1)])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def targets(options: dict[Shape, list[Choice]], longest: float = math.inf, count: int = 160) -> np.ndarray:
+    """Step times worth trying: from three quarters of the longest that one sample takes, to three times that.
+
+    Args:
+        longest: seconds beyond which none is, unless a sample takes that long.
+    """
     lowest = max(found[0].seconds for found in options.values())
-    return np.geomspace(0.75 * lowest, 3 * lowest, count)
+    return np.geomspace(0.75 * lowest, max(min(3 * lowest, longest), lowest), count)
 
 
-def best_target(options: dict[Shape, list[Choice]], tolerance: float = 0.04, even: float = 0.03) -> float:
+def best_target(
+    options: dict[Shape, list[Choice]], longest: float = math.inf, tolerance: float = 0.04, even: float = 0.03
+) -> float:
     """Of the step times within `tolerance` of the highest efficiency the shortest whose spread is about the smallest.
 
     The efficiency is `efficiency`, with EXCHANGE in each step.
 
     Args:
+        longest: as for `targets`.
         even: how far from the smallest spread.
     """
-    tried = targets(options)
-    chosen = [[closest(found, t) for found in options.values()] for t in tried]
+    tried = targets(options, longest)
+    chosen = chosen_for(options, tried)
     shares = [exchanging(options, choices) for choices in chosen]
     good = [i for i, share in enumerate(shares) if share >= max(shares) - tolerance]
     spreads = {i: spread(c.seconds for c in chosen[i]) for i in good}
@@ -352,7 +437,8 @@ def best_target(options: dict[Shape, list[Choice]], tolerance: float = 0.04, eve
 def most_even(options: dict[Shape, list[Choice]], near: float) -> float:
     """The step time near `near` that has the smallest spread."""
     tried = near * np.geomspace(0.8, 1.25, 200)
-    return float(min(tried, key=lambda t: spread(closest(found, t).seconds for found in options.values())))
+    spreads = [spread(c.seconds for c in choices) for choices in chosen_for(options, tried)]
+    return float(tried[int(np.argmin(spreads))])
 
 
 def best_spread(options: dict[Shape, list[Choice]], near: float) -> float:

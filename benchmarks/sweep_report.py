@@ -86,7 +86,7 @@ def _section(sweep: Sweep, stage: Stage, model_config) -> list[str]:
 
 
 def _bucket_table(rows: list[Row]) -> str:
-    head = "bucket|size|batch|recomputed blocks|s|tokens|tokens/s|TFLOP/s|peak GiB|config's batch|its s"
+    head = "bucket|size|batch|pieces|recomputed blocks|s|tokens|tokens/s|TFLOP/s|peak GiB|config's batch|its s"
     lines = []
     for r in rows:
         c, b = r.choice, r.before
@@ -94,7 +94,8 @@ def _bucket_table(rows: list[Row]) -> str:
         its = f"{b.seconds:.2f}" + ("" if b.measured else "*") if r.before_fits else "does not fit"
         mark = "" if c.measured else "*"
         cells = (
-            c.shape.name, f"{c.shape.height}x{c.shape.width}", c.batch, c.checkpointed, f"{c.seconds:.3f}{mark}",
+            c.shape.name, f"{c.shape.height}x{c.shape.width}", c.batch, c.pieces, c.checkpointed,
+            f"{c.seconds:.3f}{mark}",
             f"{tokens:,}", f"{tokens / c.seconds:,.0f}", f"{r.flops / c.seconds / 1e12:.0f}", f"{c.peak / GIB:.1f}",
             b.batch, its,
         )  # fmt: skip

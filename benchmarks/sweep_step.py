@@ -3,6 +3,7 @@
 import gc
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 WARMUP, WARMUP_OF_GRAPHS = 1, 4
 # Steps are timed until the last ones agree to STEADY, two of them at least and LEAST_SECONDS in all; else MOST in all.
 STEADY, LEAST_SECONDS, MOST_REPEATS = 0.03, 0.8, 6
+LEAST_CAPTIONS = 64  # in pinned memory
 LONG = 1.1  # of steps that take so many seconds one is timed: they repeat to a few thousandths
 
 
@@ -105,70 +107,80 @@ class StepMeasurer:
         self.weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
         self.base = 2 * self.weights + 4 * sum(m.numel() * m.element_size() for m in self.state.masters) + ballast
         self.diffusion = IDDPM()
+        self._stored: Tensor | None = None  # captions in pinned memory, for all probes
         self.held = torch.cuda.memory_allocated() if on_gpu else 0
 
-    def __call__(self, shape: Shape, batch: int, checkpointed: int) -> Probe:
+    def __call__(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> Probe:
         """Measures; a probe without seconds ran out of memory, after which all of it is free again."""
-        probe = Probe(shape, batch, checkpointed)
+        probe = Probe(shape, batch, checkpointed, pieces=pieces)
         try:
-            seconds, peak = self._measure(shape, batch, checkpointed)
-            probe = Probe(shape, batch, checkpointed, tuple(seconds), peak, self.model.last_kept_activations)
+            seconds, peak = self._measure(probe)
+            probe = replace(probe, seconds=tuple(seconds), peak=peak, keeps=self.model.last_kept_activations)
         except torch.OutOfMemoryError:
             pass  # recovered below, when no frame of the traceback holds tensors any more
         self._recover()
         return probe
 
-    def _measure(self, shape: Shape, batch: int, checkpointed: int) -> tuple[list[float], int]:
-        self.model.set_checkpointing(checkpointed, reserve=self.base - self.weights)
-        inputs = self._inputs(shape, batch)
-        graphs = shape.tokens(batch) <= MAX_TOKENS and checkpointed == 0 and self.device.type == "cuda"
+    def _measure(self, probe: Probe) -> tuple[list[float], int]:
+        self.model.set_checkpointing(probe.checkpointed, reserve=self.base - self.weights)
+        inputs = self._inputs(probe.shape, probe.batch)
+        bounds = [probe.batch * i // probe.pieces for i in range(probe.pieces + 1)]
+        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        small = probe.shape.tokens(probe.at_once) <= MAX_TOKENS
+        graphs = small and probe.checkpointed == 0 and self.device.type == "cuda"
         warmup = WARMUP_OF_GRAPHS if graphs else WARMUP
         self._reset_peak()
         seconds: list[float] = []
         while not _settled(seconds[warmup:]):
             self._wait()
             started = time.perf_counter()
-            self._step(inputs)
+            self._step(inputs, parts)
             self._wait()
             seconds.append(time.perf_counter() - started)
         timed = seconds[warmup:]
         return _steady(timed) or timed[-3:], self._peak()
 
-    def _step(self, inputs: dict) -> None:
-        noise, mask = inputs["noise"], inputs["x_mask"]
-        losses = self.diffusion.training_losses(
-            self.model, inputs["latents"], inputs["timestep"], inputs["arguments"], noise=noise, mask=mask
-        )
-        losses["loss"].mean().backward()
+    def _step(self, inputs: dict[str, Tensor], parts: list[slice]) -> None:
+        for part in parts:
+            self._forward_backward(inputs, part).backward()
         self.state.step()
 
-    def _inputs(self, shape: Shape, batch: int) -> dict:
-        """A batch like the data set's: every second video has its first frame as a condition."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        options = {"device": self.device, "generator": generator}
+    def _forward_backward(self, inputs: dict[str, Tensor], part: slice) -> Tensor:
+        """The loss of a part of a batch, weighed by its share."""
+        of_part = {key: value[part].to(self.device, non_blocking=True) for key, value in inputs.items()}
+        latents, noise, mask = (of_part.pop(key) for key in ("latents", "noise", "x_mask"))
+        timestep, stored = of_part.pop("timestep"), of_part.pop("stored")
+        # Stored states lie on the device beside their padded form.
+        arguments = of_part | {"y": stored.clone(), "mask": torch.ones(stored.shape[0], self.text_tokens).long()}
+        losses = self.diffusion.training_losses(self.model, latents, timestep, arguments, noise=noise, mask=mask)
+        return losses["loss"].mean() * (len(latents) / len(inputs["latents"]))
+
+    def _inputs(self, shape: Shape, batch: int) -> dict[str, Tensor]:
+        """A batch like the data set's, in the host's memory: every second video has its first frame as a condition."""
         latent = (batch, 4, shape.frames, shape.height // 8, shape.width // 8)
-        x_mask = torch.ones(batch, shape.frames, dtype=torch.bool, device=self.device)
+        x_mask = torch.ones(batch, shape.frames, dtype=torch.bool)
         x_mask[::2, 0] = shape.frames == 1
-        one = torch.ones(batch, device=self.device)
-        states = (batch, 1, self.text_tokens, self.model.config.caption_channels)
-        text = torch.randn(states, dtype=next(self.model.parameters()).dtype, **options)
-        return {
-            "stored": text.clone(),  # stored states lie on the device beside their padded form, in one piece
-            "latents": torch.randn(latent, **options),
-            "noise": torch.randn(latent, **options),
-            "timestep": torch.randint(1000, (batch,), **options),
+        one = torch.ones(batch)
+        if self._stored is None or len(self._stored) < batch:  # pinning takes longer than a step
+            caption = torch.randn(1, 1, self.text_tokens, self.model.config.caption_channels)
+            self._stored = None
+            stored = caption.to(next(self.model.parameters()).dtype).repeat(max(batch, LEAST_CAPTIONS), 1, 1, 1)
+            self._stored = stored.pin_memory() if self.device.type == "cuda" else stored
+        inputs = {
+            "latents": torch.randn(latent),
+            "noise": torch.randn(latent),
+            "timestep": torch.randint(1000, (batch,)),
             "x_mask": x_mask,
-            "arguments": {
-                "y": text,
-                "mask": torch.ones(batch, self.text_tokens, dtype=torch.long),
-                "drop_caption": torch.zeros(batch, dtype=torch.bool, device=self.device),
-                "num_frames": one * shape.frames,
-                "height": one * shape.height,
-                "width": one * shape.width,
-                "ar": one * shape.height / shape.width,
-                "fps": one * 8,
-            },
+            "drop_caption": torch.zeros(batch, dtype=torch.bool),
+            "num_frames": one * shape.frames,
+            "height": one * shape.height,
+            "width": one * shape.width,
+            "ar": one * shape.height / shape.width,
+            "fps": one * 8,
         }
+        if self.device.type == "cuda":
+            inputs = {key: value.pin_memory() for key, value in inputs.items()}
+        return inputs | {"stored": self._stored[:batch]}
 
     # --------------------------------------------------------------- the device
 

@@ -44,17 +44,18 @@ class FakeGPU:
     def __init__(self, memory: float = 76 * GIB):
         self.memory, self.calls = memory, []
 
-    def __call__(self, shape: Shape, batch: int, checkpointed: int) -> Probe:
-        self.calls.append((shape, batch, checkpointed))
-        tokens = shape.tokens(batch)
+    def __call__(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> Probe:
+        self.calls.append((shape, batch, checkpointed, pieces))
+        tokens, at_once = shape.tokens(batch), -(-batch // pieces)
         twist = 1 + 0.12 * math.sin(zlib.crc32(shape.name.encode()) % 1000)
         again = 1 + 0.3 * checkpointed / 28
-        seconds = 0.04 + twist * again * tokens * (6e-6 + 7e-10 * shape.positions + 2e-9 * shape.frames)
+        seconds = 0.03 + 0.01 * pieces + twist * again * tokens * (6e-6 + 7e-10 * shape.positions + 2e-9 * shape.frames)
         kept = max(28 - checkpointed, 1)
-        peak = 17 * GIB + tokens * (2304 * 60 + 2304 * 20 * kept) + batch * 55e6
+        peak = 17 * GIB + shape.tokens(at_once) * (2304 * 60 + 2304 * 20 * kept) + at_once * 55e6
         if peak * (1 + 0.01 * math.cos(tokens)) > self.memory:
-            return Probe(shape, batch, checkpointed)
-        return Probe(shape, batch, checkpointed, (seconds * 1.001, seconds, seconds * 0.999), int(peak))
+            return Probe(shape, batch, checkpointed, pieces=pieces)
+        times = (seconds * 1.001, seconds, seconds * 0.999)
+        return Probe(shape, batch, checkpointed, times, int(peak), pieces=pieces)
 
 
 def stages(*names: str) -> list[Stage]:
@@ -90,18 +91,17 @@ def test_a_sweep_evens_out_the_steps_with_few_probes(name):
     (stage,) = stages(name)
     sweep = Sweep([stage], CONDITIONS, gpu)
     sweep.run()
-    assert len(gpu.calls) == len(set(gpu.calls)) <= 6 + 3 * len(stage.shapes)
+    assert len(gpu.calls) == len(set(gpu.calls)) <= 10 + 3 * len(stage.shapes)
     assert set(stage.choices) == set(stage.shapes)
     for choice in stage.choices.values():
-        truth = gpu(choice.shape, choice.batch, choice.checkpointed)
+        truth = gpu(choice.shape, choice.batch, choice.checkpointed, choice.pieces)
         assert truth.ran and truth.peak <= CONDITIONS.budget and truth.median == pytest.approx(choice.seconds)
     options = {s: sweep.model.options(s, CONDITIONS.budget, 1.5 * stage.seconds) for s in stage.shapes}
     reached = spread(c.seconds for c in stage.choices.values())
-    # Images of few tokens reach the memory's limit before the target: their text takes more than they do.
-    even = [c for c in stage.choices.values() if c.shape.frames > 1 or c.shape.positions > 400]
-    best = best_spread({c.shape: options[c.shape] for c in even}, stage.seconds)
-    assert spread(c.seconds for c in even) <= best + 0.15
-    assert all(c.peak > 0.9 * CONDITIONS.budget for c in stage.choices.values() if c.seconds < 0.6 * stage.seconds)
+    assert reached <= best_spread(options, stage.seconds) + 0.15
+    # What does not fit at once runs in pieces rather than with blocks recomputed, but single samples.
+    assert all(c.checkpointed < 10 or c.at_once <= 2 for c in stage.choices.values())
+    assert name == "stage1" or sum(c.pieces > 1 for c in stage.choices.values()) > 15
     before = [gpu(s, b, 28).median for s, b in stage.original.items()]
     assert reached < spread(before)
 
@@ -120,8 +120,7 @@ def test_stages_share_their_probes_and_a_given_step_time_is_kept():
     Sweep(stages("stage2"), CONDITIONS, gpu, step_seconds=2.0, known=sweep.model.probes).run()
     assert len(gpu.calls) <= count + 2, "what is known is hardly measured again"
     for choice in first.choices.values():
-        full = gpu(choice.shape, choice.batch + 1, 28)  # one more sample, all recomputed: the bucket is at its limit
-        assert choice.seconds == pytest.approx(2.0, rel=0.5) or choice.peak > 0.9 * CONDITIONS.budget, (choice, full)
+        assert choice.seconds == pytest.approx(2.0, rel=0.5), choice
 
 
 def test_a_gpu_that_is_smaller_than_it_seems_costs_probes_and_no_wrong_choice():
@@ -129,7 +128,7 @@ def test_a_gpu_that_is_smaller_than_it_seems_costs_probes_and_no_wrong_choice():
     (stage,) = stages("stage1")
     Sweep([stage], CONDITIONS, gpu).run()
     for choice in stage.choices.values():
-        assert gpu(choice.shape, choice.batch, choice.checkpointed).ran
+        assert gpu(choice.shape, choice.batch, choice.checkpointed, choice.pieces).ran
     hopeless = Sweep(stages("stage1"), CONDITIONS, FakeGPU(memory=10 * GIB))
     with pytest.raises(ConfigError, match="no step ran"):
         hopeless.run()
@@ -159,7 +158,7 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
         stages("stage2"), CONDITIONS, gpu, lambda p: append(file, [as_record(p, CONDITIONS, config)]), known=known
     )
     sweep.run()
-    again = {(p.shape, p.batch, p.checkpointed) for p in known} & set(gpu.calls)
+    again = {(p.shape, p.batch, p.checkpointed, p.pieces) for p in known} & set(gpu.calls)
     assert not again
     assert len(read_probes(file, CONDITIONS)[0]) == len(sweep.model.probes), (
         "none is lost to the line that was half written"
@@ -180,8 +179,8 @@ def test_after_a_change_of_kernels_the_older_probes_tell_where_to_begin(tmp_path
     assert not known and 25 < len(hints) <= len(before.model.probes)
 
     class Faster(FakeGPU):
-        def __call__(self, shape, batch, checkpointed):
-            probe = super().__call__(shape, batch, checkpointed)
+        def __call__(self, shape, batch, checkpointed, pieces=1):
+            probe = super().__call__(shape, batch, checkpointed, pieces)
             return replace(probe, seconds=tuple(0.93 * s for s in probe.seconds))
 
     gpu = Faster()
@@ -191,7 +190,7 @@ def test_after_a_change_of_kernels_the_older_probes_tell_where_to_begin(tmp_path
     assert sweep.model.probes == [Faster()(*call) for call in gpu.calls]
     for choice in sweep.stages[0].choices.values():
         assert choice.measured and choice.seconds == pytest.approx(
-            Faster()(choice.shape, choice.batch, choice.checkpointed).median
+            Faster()(choice.shape, choice.batch, choice.checkpointed, choice.pieces).median
         )
 
 
@@ -226,7 +225,7 @@ def test_encoders_make_room_and_time_for_themselves():
     sweep.run()
     assert len(gpu.calls) == count, "its choices follow from what is known"
     for shape, choice in stage.choices.items():
-        truth = gpu(shape, choice.batch, choice.checkpointed)
+        truth = gpu(shape, choice.batch, choice.checkpointed, choice.pieces)
         assert truth.peak <= CONDITIONS.budget - 10 * GIB
         expected = truth.median + 0.01 + choice.batch * (6e-3 + 2e-3 * shape.frames)
         assert choice.seconds == pytest.approx(expected, rel=0.05)
@@ -315,6 +314,17 @@ def test_a_step_is_measured_and_a_failure_recovered_from(monkeypatch):
         patch.setattr(measurer.diffusion, "training_losses", fail)
         assert not measurer(shape, 2, 1).ran
     assert measurer(shape, 2, 0).ran
+    in_pieces = measurer(shape, 3, 0, 2)
+    assert in_pieces.ran and in_pieces.pieces == 2 and in_pieces.at_once == 2
+    inputs = measurer._inputs(shape, 3)
+    gradients = []
+    for parts in ([slice(0, 3)], [slice(0, 1), slice(1, 3)]):
+        torch.manual_seed(3)  # what the variational bound draws is not there: it is of the batch
+        for part in parts:
+            measurer._forward_backward(inputs, part).backward()
+        gradients.append(measurer.model.blocks[0].mlp.fc1.weight.grad.clone())
+        measurer.model.zero_grad(set_to_none=True)
+    assert torch.allclose(*gradients, atol=1e-6, rtol=1e-3), "pieces' gradients add up to the batch's"
 
 
 def test_the_states_step_is_adamw_on_a_ranks_part():
@@ -405,14 +415,15 @@ def test_memory_for_activations_is_told_apart():
         return sweeping.keeps_activations(STDiT2Config(), limit, CONDITIONS.base, held, shape, batch, checkpointed)
 
     class Keeping(FakeGPU):
-        def __call__(self, shape, batch, checkpointed):
+        def __call__(self, shape, batch, checkpointed, pieces=1):
             self.memory, memory = 1e15, self.memory
-            probe = super().__call__(shape, batch, checkpointed)
-            self.memory, kept = memory, keeps(0.0, shape, batch, checkpointed)
-            more = shape.tokens(batch) * max(28 - checkpointed, 1) * 2304 * 4 * kept
+            probe = super().__call__(shape, batch, checkpointed, pieces)
+            self.memory, kept = memory, keeps(0.0, shape, probe.at_once, checkpointed)
+            more = shape.tokens(probe.at_once) * max(28 - checkpointed, 1) * 2304 * 4 * kept
             seconds = tuple(s * (0.97 if kept else 1) for s in probe.seconds)
             peak = probe.peak + more
-            return Probe(shape, batch, checkpointed, *((seconds, int(peak), kept) if peak <= memory else ()))
+            ran = {"seconds": seconds, "peak": int(peak), "keeps": kept} if peak <= memory else {}
+            return Probe(shape, batch, checkpointed, **ran, pieces=pieces)
 
     gpu = Keeping()
     (stage,) = stages("stage1")
@@ -422,7 +433,7 @@ def test_memory_for_activations_is_told_apart():
     assert kinds == {True, False}
     assert max(map(abs, sweep.model.memory_errors)) < 0.12
     for choice in stage.choices.values():
-        assert gpu(choice.shape, choice.batch, choice.checkpointed).peak <= CONDITIONS.budget
+        assert gpu(choice.shape, choice.batch, choice.checkpointed, choice.pieces).peak <= CONDITIONS.budget
 
 
 def test_the_command_writes_each_stage_as_it_goes_and_goes_on_after_a_kill(tmp_path, monkeypatch):
@@ -437,10 +448,10 @@ def test_the_command_writes_each_stage_as_it_goes_and_goes_on_after_a_kill(tmp_p
             self.text_tokens = text_tokens
             gpus.append(self)
 
-        def __call__(self, shape, batch, checkpointed):
+        def __call__(self, shape, batch, checkpointed, pieces=1):
             if self.limit is not None and len(self.calls) == self.limit:
                 raise KeyboardInterrupt
-            return super().__call__(shape, batch, checkpointed)
+            return super().__call__(shape, batch, checkpointed, pieces)
 
     encoded = []
 

@@ -11,7 +11,7 @@ buckets/h100-80gb/stage2.yaml
   model, text_tokens                 sizes that must be those of the run
   versions, date, command            what measured it
   evenness                           how far step times lie apart, and did with the config's own batch sizes
-  buckets: {resolution: {frames: {batch_size, checkpointed, seconds, ...}}}
+  buckets: {resolution: {frames: {batch_size, pieces, checkpointed, seconds, ...}}}
 """
 
 import dataclasses
@@ -51,6 +51,7 @@ class Entry:
         tokens: video tokens of the batch.
         height, width: the size in pixels that was measured.
         measured: whether that very step was; False: it follows from steps of other sizes of the same bucket.
+        pieces: passes in which the batch runs, one after another; their gradients add up.
     """
 
     batch_size: int
@@ -63,6 +64,7 @@ class Entry:
     height: int
     width: int
     measured: bool = True
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def read(path: str | Path) -> BucketTable:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError("bucket_sizes", str(path), f"it is no whole table of bucket sizes ({error})") from error
     for (resolution, frames), entry in table.buckets.items():
-        least = {"batch_size": 1, "checkpointed": 0}
+        least = {"batch_size": 1, "checkpointed": 0, "pieces": 1}
         for key, low in least.items():
             value = getattr(entry, key)
             if not is_int(value) or value < low:

@@ -39,7 +39,8 @@ Draw = Callable[[np.ndarray, int], np.ndarray]
 class Bucket:
     """What the samples of one bucket are made into; sizes in pixels.
 
-    A table of measured sizes (`bucket_tables`) adds `checkpointed`, the blocks to recompute, and `seconds` of a step.
+    A table of measured sizes (`bucket_tables`) adds `checkpointed`, the blocks to recompute, `seconds` of a step, and
+    `pieces`, in which a batch runs.
     """
 
     resolution: str
@@ -51,6 +52,12 @@ class Bucket:
     batch_size: int
     checkpointed: int | None = None
     seconds: float | None = None
+    pieces: int = 1
+
+    @property
+    def at_once(self) -> int:
+        """Samples that run at once."""
+        return -(-self.batch_size // self.pieces)
 
     @property
     def name(self) -> str:
@@ -151,7 +158,7 @@ class Buckets:
         entry = _Entry(num_frames, keep_prob, batch_size, len(self._buckets))
         if keep_prob > 0:
             found = self._measured.get((name, num_frames))
-            more = (found.checkpointed, found.seconds) if found else ()
+            more = (found.checkpointed, found.seconds, found.pieces) if found else ()
             self._buckets += [
                 Bucket(name, num_frames, aspect, height, width, keep_prob, batch_size, *more)
                 for aspect, (height, width) in sizes.items()

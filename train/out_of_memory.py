@@ -26,9 +26,19 @@ class Pieces:
         self.known: dict[str, int] = {}
         self.count = 0
 
-    def of(self, bucket: Bucket, samples: int) -> list[slice]:
-        """The parts of a batch of so many samples, which are of about equal size."""
+    def lowered(self, bucket: Bucket) -> bool:
+        """Whether a bucket has run out of memory."""
+        return _name(bucket) in self.limits
+
+    def of(self, bucket: Bucket, samples: int, planned: bool = True) -> list[slice]:
+        """The parts of a batch of so many samples, which are of about equal size.
+
+        Args:
+            planned: whether the pieces of a table of batch sizes count too.
+        """
         most = self.limits.get(_name(bucket), samples)
+        if planned and bucket.pieces > 1:
+            most = min(most, bucket.at_once)
         number = -(-samples // most)
         bounds = [samples * i // number for i in range(number + 1)]
         return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

@@ -309,9 +309,10 @@ class Trainer:
             last: it is this process's last batch of the step.
         """
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
-        parts = self.pieces.of(bucket, samples)
+        shared = batch["request"].parts > 1
+        parts = self.pieces.of(bucket, samples, planned=not shared)
         if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
-            as_measured = len(parts) == batch["request"].parts == 1
+            as_measured = not shared and not self.pieces.lowered(bucket)
             self.state.model.set_checkpointing(bucket.checkpointed if as_measured else "auto")
         own["truncated"] += batch.get("truncated", 0) / batch["request"].parts  # of one that was encoded ahead
         already_truncated = self.text_encoder.truncated

@@ -451,6 +451,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ConfigError(key, getattr(args, key), "it must be above 0")
         if args.check:
             return _check(args)
+        if args.table:
+            remedy = "it is for --check METRICS; a plan takes its steps from a folder of tables, --tables"
+            raise ConfigError("table", args.table, remedy)
         recipe = Recipe.read(args.recipe)
         sizes = None
         if args.data:

@@ -303,7 +303,10 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
     if len(args.config) != len(args.table):
         raise ConfigError("--table", [str(t) for t in args.table], f"name {len(args.config)}, one for each config")
     configs = [read_config(path) for path in args.config]
-    tables = [bucket_tables.read(path) for path in args.table]
+    try:
+        tables = [bucket_tables.read(path) for path in args.table]
+    except ConfigError as error:
+        raise ConfigError("--table", error.value, error.remedy) from error
     if len({table.encoders for table in tables}) > 1:
         raise ConfigError("--table", [str(t) for t in args.table], "some have encoders in the step; check these apart")
     for config, table in zip(configs, tables, strict=True):

@@ -248,7 +248,7 @@ def test_a_run_is_held_against_its_projection(tmp_path, capsys):
     run = write_metrics(tmp_path / "a.jsonl", [("144p-16-0.56", 12), ("1024-1-1.0", 6)])
     assert plan.main(["--check", run, "--table", table]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[3].startswith("144p-16-0.56") and " 4 " in lines[3] and "+0.0%" in lines[3]
+    assert lines[3].startswith("144p-16-0.56") and " 4 " in lines[3] and lines[3].endswith("0.0%")
     assert "inside the bounds; 0 of 2 buckets extrapolated" in lines[-1]
     slow = write_metrics(tmp_path / "b.jsonl", [("144p-16-0.56", 12)], factor=1.2)
     assert plan.main(["--check", slow, "--table", table]) == 1
@@ -284,11 +284,12 @@ def test_what_cannot_be_planned_is_refused(tmp_path, capsys):
 
     assert "it must be above 0" in refused("--gpus", "0")
     assert "there is no such file" in refused("--recipe", str(tmp_path / "none.yaml"))
+    assert "it is for --check METRICS" in refused("--table", "stage2.yaml")
     assert "did you mean 'h100-80gb'" in refused("--tables", "h100") or "no sweep of it" in refused("--tables", "h100")
     text = RECIPE.read_text()
     bad = tmp_path / "bad.yaml"
     for old, new, message in (
-        ("gpus: 64", "gpu_count: 64", "unknown key; did you mean 'gpu"),
+        ("gpus: 64", "gpuss: 64", "unknown key; did you mean 'gpus'"),
         ("steps: 6000", "steps: many", "optimizer steps of the phase"),
         ("data: finetuning", "data: finetune", "did you mean 'finetuning'"),
         ("[0.15, 60", "[0.25, 60", "shares summing to 1"),

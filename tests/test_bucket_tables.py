@@ -127,7 +127,9 @@ def on_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bucket_tables, "SHIPPED", tmp_path / "none")
     wanted = config._kept(config.parse(["--config", str(CONFIG)], checked=False).buckets)
-    entries = {key: dataclasses.replace(ENTRIES["240p", 16], batch_size=i + 1) for i, key in enumerate(wanted)}
+    entries = {
+        key: dataclasses.replace(ENTRIES["240p", 16], batch_size=i + 1, pieces=2) for i, key in enumerate(wanted)
+    }
     return put(bucket_tables.user_folder() / "some-gpu", "stage2", buckets=entries, encoders=True), entries
 
 
@@ -145,6 +147,7 @@ def test_buckets_auto_takes_sizes_from_the_table_and_all_else_from_the_config(on
     for bucket, before in zip(buckets, config.make_buckets(plain), strict=True):
         entry = entries[bucket.resolution, bucket.num_frames]
         assert (bucket.batch_size, bucket.checkpointed, bucket.seconds) == (entry.batch_size, 8, 0.8)
+        assert bucket.pieces == 2 and before.pieces == 1
         assert bucket.keep_prob == before.keep_prob and before.checkpointed is None and before.seconds is None
     assert buckets.seconds.tolist() == [0.8] * len(buckets) and config.make_buckets(plain).seconds is None
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def test_pieces_are_halved_down_to_single_samples():
     assert sizes == [4, 2, 1]
     assert pieces.of(IMAGE, 4) == [slice(0, 4)], "other buckets run as they are"
     assert len({b.aspect for b in BUCKETS if pieces.of(b, 7) != [slice(0, 7)]}) > 3, "all aspect ratios of a bucket"
+
+
+def test_a_tables_pieces_are_kept_and_lowered_from_there():
+    pieces, bucket = Pieces(), replace(VIDEO, pieces=3)
+    assert bucket.at_once == 3 and pieces.of(bucket, 7) == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert pieces.of(bucket, 3) == [slice(0, 3)], "fewer samples, as an epoch's last batch has, in fewer pieces"
+    assert pieces.of(bucket, 7, planned=False) == [slice(0, 7)] and not pieces.lowered(bucket)
+    assert pieces.halve(bucket, 7) and pieces.lowered(bucket)
+    assert max(part.stop - part.start for part in pieces.of(bucket, 7)) == 2
 
 
 def test_the_lowest_limit_of_all_processes_counts_and_is_kept():
@@ -135,6 +145,27 @@ def test_a_run_that_runs_out_of_memory_is_the_same_to_rounding(trainer, tmp_path
     again.train()
     assert again.pieces.limits and all(step > 3 for step in failures[count:])
     assert {name for name in again.pieces.limits} >= {name for name in split.pieces.limits}
+
+
+def test_a_run_in_a_tables_pieces_is_the_same_to_rounding(trainer, tmp_path, monkeypatch, whole):  # noqa: F811
+    from stdit_fast.train.trainer import Trainer
+
+    at_once, real = [], Trainer.losses
+
+    def counted(self, model, batch):
+        at_once.append((len(batch["samples"]), self.state.model.checkpointed_blocks))
+        return real(self, model, batch)
+
+    monkeypatch.setattr(Trainer, "losses", counted)
+    split = trainer("planned", **CHANGES | {"grad_checkpoint": "auto"})
+    split.data.buckets._buckets = [replace(b, pieces=b.batch_size, checkpointed=1) for b in split.data.buckets]
+    split.train()
+    assert set(at_once) == {(1, 1)} and len(at_once) > 6, "each sample by itself, with the table's blocks recomputed"
+    assert split.pieces.count == 0 and not split.pieces.limits
+    for mine, other in zip(losses(tmp_path / "planned"), whole[0], strict=True):
+        assert mine == pytest.approx(other, rel=2e-4), (mine, other)
+    for name, mine in zip(split.state.names, split.optimizer.masters, strict=True):
+        assert (mine.cpu() - whole[1][name]).abs().max() <= 1e-4
 
 
 def test_gradients_may_leave_in_the_last_pass_of_a_step_alone(trainer, monkeypatch):  # noqa: F811

@@ -270,6 +270,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch):
     for arguments, message in (
         (["--config", config, "--margin", "0.9"], "--margin = 0.9"),
         (["--config", config, "--world-size", "0"], "--world-size = 0"),
+        (["--config", config, "--longest-step", "0"], "--longest-step = 0"),
         (["--config", "no.yaml"], "there is no such file"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -277,6 +278,17 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="there is no GPU"):
         sweeping.main(["--config", config])
+    table = ["--config", config, "--table", str(bucket_tables.SHIPPED / "h100-80gb" / "stage1.yaml")]
+    for arguments, message in (
+        ([*table, "--rounds", "1", "2"], "--rounds = .*one number, or 1, one for each table"),
+        ([*table, "--rounds", "0"], "--rounds = "),
+        ([*table, "--warm-up", "-1"], "--warm-up = -1"),
+        ([*table[:3], "no.yaml"], "--table = 'no.yaml': it cannot be read"),
+        (["--config", str(CONFIGS / "stage3.yaml"), *table[2:]], "it does not know 720p-1"),
+        (table, "its steps are of NVIDIA H100 80GB HBM3, and there is no GPU here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sweep_check.main(arguments)
 
 
 def test_a_choice_with_the_nearest_time_is_taken():

@@ -465,7 +465,7 @@ def main(arguments: list[str] | None = None) -> int:
             with whole_file(Path(args.json)) as draft:
                 draft.write_text(json.dumps(as_dict(rows, args), indent=1) + "\n")
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -32,6 +32,7 @@ from stdit_fast.benchmarks.sweep import T5_CHANNELS, read_config, worst_shapes
 from stdit_fast.benchmarks.sweep_model import GIB, Shape, imbalance, spread
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.files import whole_file
+from stdit_fast.model import memory
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.bucket_tables import BucketTable
 from stdit_fast.train.buckets import Buckets
@@ -313,17 +314,18 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
         missing = table.missing((s.resolution, s.frames) for s in worst_shapes(config))
         if missing:
             raise ConfigError("--table", str(table.path), f"it does not know {', '.join(missing)}")
-    others = [table for table in tables if table.device != device_name()]
-    if others and not torch.cuda.is_available():
-        remedy = f"its steps are of {others[0].device}, and there is no GPU here"
-        raise ConfigError("--table", str(others[0].path), remedy)
-    for table in others:
-        print(f"{table.path}: its times are of {table.device}, and this is {device_name()}", flush=True)
-    if args.memory_gib and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), 0)
+    if not torch.cuda.is_available() and tables[0].device != device_name():
+        remedy = f"its steps are of {tables[0].device}, and there is no GPU here"
+        raise ConfigError("--table", str(tables[0].path), remedy)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(configs[0], Path(folder), tables[0].encoders)
+        trainer = build_trainer(configs[0], Path(folder), tables[0].encoders)  # which decides how memory is held
+        for table in tables:
+            if table.device != device_name():
+                print(f"{table.path}: its times are of {table.device}, and this is {device_name()}", flush=True)
+        if args.memory_gib and torch.cuda.is_available():
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), 0)
+            memory.memory_limit.cache_clear()
         ready()
         rounds = args.rounds if len(args.rounds) > 1 else args.rounds * len(tables)
         for path, config, table, count in zip(args.table, configs, tables, rounds, strict=True):

@@ -9,7 +9,9 @@ import torch
 from kernel_checks import DEVICE
 from test_fused_model import masked, models, on_device, step
 from test_stdit2 import inputs
+from torch.utils.checkpoint import checkpoint
 
+from stdit_fast.model import arena as arena_module
 from stdit_fast.model import memory
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.model.graphs import BlockGraphs
@@ -98,6 +100,76 @@ def test_steps_in_turn_are_the_steps_alone(recomputed, monkeypatch, other_stream
     assert fused.graphs.captured == 0
 
 
+def test_workspaces_are_taken_by_a_pass_of_each_kind():
+    seen = []
+
+    class Recorded(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, a):
+            seen.append(torch.is_grad_enabled())
+            return a.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    before = arena_module._products
+    arena_module._products = lambda a, bias: before(Recorded.apply(a), bias)
+    try:
+        with torch.no_grad():
+            arena_module.take_workspaces(torch.empty(1, dtype=torch.bfloat16, device=DEVICE))
+    finally:
+        arena_module._products = before
+    assert len(seen) == 2  # and once more for the backward pass
+
+
+@needs_gpu
+def test_libraries_keep_nothing_in_an_arena(other_stream):
+    """A thread of its own stands for one that has called no library yet, as the backward pass's does at first."""
+    x = torch.randn(64, 64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    bias = torch.randn(64, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    stream = torch.cuda.Stream()  # with no workspaces yet, of either thread
+    with torch.cuda.stream(stream):
+        arena_module.take_workspaces(x)
+        arena = arena_module.Arena(torch.device(DEVICE, 0), 256 << 20)
+        with arena.use():
+            out = checkpoint(
+                arena_module._products, x, bias, use_reentrant=False, preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), arena.use()),
+            )  # fmt: skip
+        torch.autograd.grad(out.sum(), (x, bias))
+        del out
+        assert arena.live_bytes() == 0
+        arena.close()
+
+
+@needs_gpu
+@pytest.mark.parametrize("how", ["ordinary step", "capture"])
+def test_an_arena_that_is_given_up_is_given_back(how, monkeypatch, other_stream):
+    """At once, though the frame of the step that wants a larger one still refers to it."""
+    fused, given = trained(monkeypatch), batches()
+    fused.set_cuda_graphs(True)
+    for name in ("small", "small"):
+        step(fused, given[name])
+    first, taken = fused.graphs.arena, []
+    pool, held = first.id, first.reserved_bytes()
+    monkeypatch.setattr("stdit_fast.model.graphs._GROWTH", 3.0)
+    if how == "capture":
+        monkeypatch.setattr(first, "usable", 1)
+        monkeypatch.setattr("stdit_fast.model.graphs.memory.step_bytes", lambda *_: 1)
+    else:
+        monkeypatch.setattr(first, "usable", 0.1)
+    make = BlockGraphs._make_arena
+
+    def spy(self, x):
+        taken.append(sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool)))
+        make(self, x)
+
+    monkeypatch.setattr(BlockGraphs, "_make_arena", spy)
+    step(fused, given["image" if how == "capture" else "large"])
+    assert held > 0 and taken == [0] and fused.graphs.arena is not first and first.reserved_bytes() == 0
+
+
 @needs_gpu
 def test_tensors_that_are_held_keep_graphs_from_running(monkeypatch, other_stream, caplog):
     fused, given = trained(monkeypatch), batches()
@@ -150,11 +222,16 @@ def test_on_the_default_stream_graphs_have_their_own(monkeypatch):
     assert fused.graphs.captured == 2 and fused.graphs.arena.size == 0 < fused.graphs.pool_bytes
 
 
+class FakeBlocks(list):
+    def modules(self):
+        return []
+
+
 class FakeModel:
     """As the estimates of memory want it."""
 
     def __init__(self, backend="fused"):
-        self.blocks = [None] * 28
+        self.blocks = FakeBlocks([None] * 28)
         self.config = SimpleNamespace(hidden_size=1152, depth=28, mlp_ratio=4.0, model_max_length=200, backend=backend)
         self.graphs = None
 
@@ -203,6 +280,9 @@ class FakeArena:
         self.device, self.size, self.live, self.stream = device, size, live, "training's"
         self.usable = size
 
+    def close(self):
+        self.usable = 0
+
     def live_bytes(self):
         return self.live
 
@@ -218,10 +298,11 @@ def graphs(h100, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr("stdit_fast.model.graphs.take_workspaces", lambda like: None)
     model = FakeModel()
     model.graphs = made = BlockGraphs(model, early=True)
     made.planned = model.planned_bytes()
-    return made
+    yield made  # which does not keep its model
 
 
 def test_the_arena_grows_with_what_was_seen(graphs):
@@ -230,7 +311,7 @@ def test_the_arena_grows_with_what_was_seen(graphs):
     first = graphs.shared_memory(small, planned)
     assert memory.step_bytes(graphs._model, small) < first.size < 30 * GIB
     assert graphs.shared_memory(small, planned) is first
-    graphs._graphs["a bucket"] = object()
+    graphs._graphs["a bucket"] = SimpleNamespace(close=lambda: None)
     second = graphs.shared_memory(large, planned)
     assert graphs.captured == 0 and second is graphs.arena
     room = memory.room_beside(graphs._model, small.device, planned)

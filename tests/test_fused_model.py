@@ -1,9 +1,11 @@
 """The whole model on fused ops against the same on plain PyTorch, and a live Open-Sora model with fused blocks."""
 
 import copy
+import gc
 import json
 import logging
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -383,6 +385,98 @@ def test_cuda_graphs_give_the_same(case, full, monkeypatch):
                 assert relative_error(mine[name], value) < 0.04, name
 
 
+@pytest.fixture
+def eager_collector():
+    """It runs after nearly every object that is made."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(1)
+    yield
+    gc.set_threshold(*before)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("asked", [False, True], ids=["by itself", "asked to"])
+def test_rubbish_with_a_graph_is_collected_during_a_capture(asked, monkeypatch, eager_collector):
+    """Its graphs and their memory go afterwards; PyTorch would abort the process."""
+    monkeypatch.setattr("stdit_fast.model.graphs.SEEN_BEFORE", 0)
+    given = on_device(CASES["video"]())
+    rubbish, fused = (models(torch.bfloat16)[0].train() for _ in range(2))
+    want = step(fused, given)
+    rubbish.set_cuda_graphs(True), fused.set_cuda_graphs(True)
+    step(rubbish, given)
+    assert rubbish.graphs.captured == 1
+    pool, forgotten = rubbish.graphs.arena.id, weakref.ref(rubbish)
+    held = [rubbish]
+    held.append(held)
+    del rubbish
+    run, left = fused._run_blocks, []
+
+    def spy(*args):
+        nonlocal held
+        if torch.cuda.is_current_stream_capturing():
+            held = None
+            if asked:
+                gc.collect()
+            left.append([[object() for _ in range(10)] for _ in range(10)])  # makes it run, if it may
+        return run(*args)
+
+    monkeypatch.setattr(fused, "_run_blocks", spy)
+    got = step(fused, given)
+    assert left and fused.last_graphed and gc.isenabled()
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+    gc.collect()
+    assert forgotten() is None
+    fused.graphs.release()
+    assert not torch.cuda.memory_snapshot(pool)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
+def test_a_capture_that_cuda_gives_up_is_survived(monkeypatch, caplog):
+    """The step runs as usual, and memory is given back as usual afterwards."""
+    fused, _ = models(torch.bfloat16)
+    fused.train()
+    given, other = on_device(CASES["video"]()), on_device(CASES["image"]())
+    want = step(fused, given)
+    fused.set_cuda_graphs(True)
+    monkeypatch.setattr("stdit_fast.model.graphs.SEEN_BEFORE", 0)
+    step(fused, other)
+    run = fused._run_blocks
+
+    def spoilt(*args):
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.current_stream().synchronize()
+        return run(*args)
+
+    monkeypatch.setattr(fused, "_run_blocks", spoilt)
+    got = step(fused, given)
+    assert not fused.last_graphed and "No CUDA graph for tokens" in caplog.text
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+    step(fused, other)
+    assert fused.last_graphed and fused.graphs.captured == 1
+    fused.graphs.release()
+    monkeypatch.undo()
+    monkeypatch.setattr("stdit_fast.model.graphs.SEEN_BEFORE", 0)
+    step(fused, other)
+    assert fused.last_graphed
+
+
+def test_a_model_with_graphs_is_in_no_cycle():
+    fused, _ = models()
+    fused.set_cuda_graphs(True)
+    copied = copy.deepcopy(fused)
+    assert copied.graphs._model is copied and fused.graphs._model is fused
+    gone = weakref.ref(copied)
+    gc.disable()
+    try:
+        del copied
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
 def test_other_threads_pin_memory_during_a_capture(monkeypatch):
     """As the data loader's does, which would fail, and the training with it."""
@@ -467,7 +561,7 @@ def test_graphs_notice_other_parameters():
     fused, _ = models()
     graphs = BlockGraphs(fused)
     graphs._forget_if_parameters_moved()
-    graphs._graphs["some bucket"] = object()
+    graphs._graphs["some bucket"] = SimpleNamespace(close=lambda: None)
     graphs._forget_if_parameters_moved()
     assert graphs.captured == 1
     fused.blocks[0].mlp.fc1.weight = nn.Parameter(fused.blocks[0].mlp.fc1.weight.detach().clone())

@@ -11,9 +11,13 @@ No graph can be captured on a device's default stream: training runs on another 
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from stdit_fast.model import disposal
 
 _SMALL = 1 << 19  # what the allocator takes from small pieces of memory, 2 MiB each, which it keeps apart
 _USABLE = 0.96  # of its bytes: pieces of many sizes come and go
@@ -41,9 +45,19 @@ class Arena:
     def __init__(self, device: torch.device, size: int = 0):
         self.device, self.size, self.usable = device, size, _USABLE * size
         self.stream = torch.cuda.current_stream(device)
+        disposal.destroy_retired()
         self._pool = torch.cuda.MemPool()
+        self._retire = disposal.retire_with(self, pool=self._pool)
         if size:
             self._fill()
+
+    def close(self) -> None:
+        """Gives the memory up, whoever still refers to this object: nothing comes from it any more.
+
+        The device has it back when no tensor is left there and caches are emptied.
+        """
+        self._pool, self.usable = None, 0.0
+        self._retire()
 
     @property
     def id(self) -> tuple[int, int]:
@@ -51,8 +65,9 @@ class Arena:
         return self._pool.id
 
     def use(self) -> AbstractContextManager:
-        """What this thread allocates in here comes from this memory. It can be entered again and again."""
-        return _Use(self._pool, self.device)
+        """What this thread allocates in here comes from this memory, unless it was given up. It can be entered again
+        and again."""
+        return _Use(self)
 
     @contextmanager
     def use_alone(self) -> Iterator[None]:
@@ -72,11 +87,16 @@ class Arena:
 
     def live_bytes(self) -> int:
         """Bytes of tensors that are in it now. Without any, this takes some hundred microseconds."""
-        return sum(segment["allocated_size"] for segment in torch.cuda.memory_snapshot(self._pool.id))
+        return self._sum("allocated_size")
 
     def reserved_bytes(self) -> int:
         """Bytes that it takes of the device: more than `size` where something did not fit."""
-        return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool.id))
+        return self._sum("total_size")
+
+    def _sum(self, what: str) -> int:
+        if self._pool is None:
+            return 0
+        return sum(segment[what] for segment in torch.cuda.memory_snapshot(self._pool.id))
 
     def _fill(self) -> None:
         """Takes the memory from the device: tensors that are gone at once leave it to the pool."""
@@ -94,16 +114,40 @@ class Arena:
 
 
 class _Use(AbstractContextManager):
-    def __init__(self, pool, device: torch.device):
-        self._pool, self._device = pool, device
+    def __init__(self, arena: Arena):
+        self._arena = arena  # not its pool, which must be nobody else's
 
     def __enter__(self) -> None:
-        self._inner = torch.cuda.use_mem_pool(self._pool, self._device)
+        self._inner = nullcontext()
+        if self._arena._pool is not None:
+            self._inner = torch.cuda.use_mem_pool(self._arena._pool, self._arena.device)
+        disposal.begin()
         self._inner.__enter__()
 
     def __exit__(self, *exception) -> None:
         inner, self._inner = self._inner, None
         inner.__exit__(*exception)
+        disposal.end()
+
+
+def take_workspaces(like: torch.Tensor) -> None:
+    """Has cuBLAS take what it keeps for each thread and stream now, from the memory that is current.
+
+    Else the first block that a backward pass recomputes in an arena has it taken there, where it stays and no graph may
+    write any more.
+
+    Args:
+        like: of the GPU and dtype that blocks compute in.
+    """
+    a, bias = (torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True) for shape in ((64, 64), 64))
+    with torch.enable_grad():
+        out = checkpoint(_products, a, bias, use_reentrant=False, preserve_rng_state=False)
+    torch.autograd.grad(out, (a, bias), torch.zeros_like(out))
+
+
+def _products(a: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """By cuBLAS, which computes the second, and cuBLASLt."""
+    return F.linear(a, a, bias) @ a
 
 
 _own_streams: dict[int, torch.cuda.Stream] = {}

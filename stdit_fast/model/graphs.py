@@ -11,16 +11,16 @@ also shared by all: inputs, results, and the gradients of both and of parameters
 
 import logging
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stdit_fast import ops
-from stdit_fast.model import memory
-from stdit_fast.model.arena import Arena
+from stdit_fast.model import disposal, memory
+from stdit_fast.model.arena import Arena, take_workspaces
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,7 @@ SEEN_BEFORE = 2  # steps of a bucket that run as usual: a graph is worth its cap
 MAX_GRAPHS = 64
 _WARMUP = 2
 _SLACK = 3 << 29  # bytes; steps hold more or less beside what is counted
+_ALIGNMENT = 512  # bytes, as the allocator's
 _GROWTH = 1.25  # an arena is so much larger than what was seen: the next bucket may be larger
 
 
@@ -45,7 +46,7 @@ class BlockGraphs:
     """
 
     def __init__(self, model: nn.Module, early: bool = False):
-        self._model, self._early = model, early
+        self._model_ref, self._early = weakref.ref(model), early  # which owns this: no cycle for a collector to find
         self._parameters: list[Tensor] = []
         self._addresses: tuple[int, ...] = ()  # negative where no gradient is wanted
         self._blocks: tuple[int, ...] = ()
@@ -56,7 +57,7 @@ class BlockGraphs:
         self._seen: dict[tuple, int] = {}
         self._refused: set[tuple] = set()
         self._pending: weakref.ref[_Run] | None = None  # the run whose backward pass may come next
-        self._last: _Graph | None = None  # which the last step ran, if any
+        self._last_bytes = 0  # of the graph that the last step ran, if any
         self._largest_step = self._largest_work = 0.0  # bytes of a step's forward pass, and beside it, so far
         self._may_grow = False  # the arena: there is more memory than was asked for
         self._may_be_in_use = False  # the arena, by what an ordinary step may have left
@@ -65,6 +66,13 @@ class BlockGraphs:
         self._steps = 0  # ordinary ones, without an arena
         self.arena: Arena | None = None
         self.reserved_bytes = 0
+
+    def __reduce__(self) -> tuple:
+        return BlockGraphs, (self._model, self._early)  # a copied model's are its own, and captured anew
+
+    @property
+    def _model(self) -> nn.Module:
+        return self._model_ref()
 
     @property
     def captured(self) -> int:
@@ -76,7 +84,7 @@ class BlockGraphs:
         """Bytes of the graphs' memory at the last step's peak that do not count as allocated."""
         if self.arena is None or self.arena.size == 0:
             return self.reserved_bytes
-        return self._last.bytes if self._last is not None else 0
+        return self._last_bytes
 
     def shared_memory(self, x: Tensor, planned: int) -> Arena | None:
         """What the forward pass of an ordinary training step allocates from; None where all of the GPU's is meant.
@@ -87,7 +95,7 @@ class BlockGraphs:
         Args:
             x: [B, T, S, C] tokens; planned: bytes that training holds, `memory.training_bytes`.
         """
-        self._last = None
+        self._last_bytes = 0
         step, work = memory.step_bytes(self._model, x), memory.work_bytes(self._model, x)
         self._largest_step, self._largest_work = max(self._largest_step, step), max(self._largest_work, work)
         stream = torch.cuda.current_stream(x.device)
@@ -131,7 +139,8 @@ class BlockGraphs:
             if self._seen[key] <= SEEN_BEFORE or len(self._graphs) >= MAX_GRAPHS or key in self._refused:
                 return None
             try:
-                self._capture(key, x, modulation, layout, capacity, max_tokens)
+                with disposal.collector_paused():
+                    self._capture(key, x, modulation, layout, capacity, max_tokens)
             except RuntimeError as error:  # no memory for it, most likely; the step itself may fit
                 self._refused.add(key)
                 logger.warning("No CUDA graph for tokens of shape %s, which run as usual: %s", list(x.shape), error)
@@ -158,18 +167,27 @@ class BlockGraphs:
         """
         if after_failure:
             self._largest_work *= 1.1
+        self._drop_graphs()
         if self.arena is None:
             return
-        self._graphs.clear()
+        # By name, since a frame or an output of a step may still refer to them: what they hold is wanted now.
+        self.arena.close()
         self.arena, self.reserved_bytes, self._may_be_in_use = None, 0, False
         torch.cuda.synchronize()
+        disposal.destroy_retired()
         torch.cuda.empty_cache()
+
+    def _drop_graphs(self) -> None:
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._pending, self._last_bytes = None, 0
 
     def run(
         self, graph: "_Graph", x: Tensor, modulation: Tensor, text: Tensor, layout: ops.TextLayout, rotation: Tensor
     ) -> tuple[Tensor, ops.Branch]:
         """As `STDiT2._run_blocks`: the residual stream, and what is left to be added to it; `text` is [M, C]."""
-        self._last = graph
+        self._last_bytes = graph.bytes
         text = F.pad(text, (0, 0, 0, graph.text.shape[0] - text.shape[0]))
         given = (x, modulation, text)
         x, o, gate = _Replay.apply(self, graph, layout.starts, rotation, *given, *self._parameters)
@@ -187,9 +205,25 @@ class BlockGraphs:
         parameters = [owner[name] for owner, name in self._owners]
         addresses = tuple(p.data_ptr() if p.requires_grad else -p.data_ptr() for p in parameters)
         if addresses != self._addresses:
-            self._graphs.clear()
+            self._drop_graphs()
             self._parameters, self._addresses = parameters, addresses
-            self._gradients = [torch.empty_like(p) for p in parameters if p.requires_grad]
+            self._gradients = []
+
+    def _make_gradients(self) -> None:
+        """The places of parameters' gradients, unless they are there: one piece of memory, taken while none is cached.
+
+        They stay: among what an ordinary step has cached, each would keep a piece from the next bucket's activations.
+        """
+        self._forget_if_parameters_moved()
+        wanted = [p for p in self._parameters if p.requires_grad]
+        if self._gradients or not wanted:
+            return
+        sizes = [-(-p.numel() * p.element_size() // _ALIGNMENT) * _ALIGNMENT for p in wanted]
+        parts = torch.empty(sum(sizes), dtype=torch.uint8, device=wanted[0].device).split(sizes)
+        self._gradients = [
+            part[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
+            for part, p in zip(parts, wanted, strict=True)
+        ]
 
     def _is_pending(self) -> bool:
         """Whether a graph is between its two passes: what its forward pass kept lies where the arena is free."""
@@ -211,7 +245,9 @@ class BlockGraphs:
 
     def _capture(self, key, x, modulation, layout, capacity, max_tokens) -> None:
         torch.cuda.synchronize(x.device)
+        disposal.destroy_retired()
         torch.cuda.empty_cache()
+        self._make_gradients()
         needed = memory.graph_bytes(self._model, x)
         self._largest_step = max(self._largest_step, needed)
         if self.arena is not None and 0 < self.arena.usable < needed and self._may_grow:
@@ -230,7 +266,10 @@ class BlockGraphs:
     def _make_arena(self, x: Tensor) -> None:
         """As much as the largest steps so far can use, of what training leaves beside their backward passes."""
         torch.cuda.synchronize(x.device)
+        disposal.destroy_retired()
         torch.cuda.empty_cache()
+        self._make_gradients()
+        take_workspaces(x)
         if torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device):
             with torch.cuda.stream(torch.cuda.Stream(x.device)):
                 self.arena = Arena(x.device)
@@ -309,23 +348,45 @@ class _Graph:
         torch.cuda.synchronize(x.device)
         self.input_gradients = [graphs.place(f"gradient of {i}", t) for i, t in enumerate(inputs)]
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # "thread_local": other threads may allocate meanwhile, as the data loader's does where batches are pinned.
-        options = {"pool": arena.id, "stream": stream, "capture_error_mode": "thread_local"}
+        self._arena = arena  # whose pool must outlive them
+        self._retire = disposal.retire_with(self, graphs=(self.forward_graph, self.backward_graph))
         torch.cuda.reset_peak_memory_stats(x.device)  # what it was before is lost
         before = torch.cuda.memory_allocated(x.device)
-        with torch.enable_grad(), torch.cuda.graph(self.forward_graph, **options):
+        with torch.enable_grad(), _capture(self.forward_graph, arena):
             outs = self._forward(model, args)
             _copy([out.detach() for out in outs], self.outs)
         wanted = [leaf.data_ptr() for leaf in differentiated[len(inputs) :]]
         places = dict(zip(wanted, graphs._gradients, strict=True))
-        with ops.weight_gradients_into(places), torch.cuda.graph(self.backward_graph, **options):
+        with ops.weight_gradients_into(places), _capture(self.backward_graph, arena):
             grads = torch.autograd.grad(outs, differentiated, self.d_outs, allow_unused=True)
             _copy(grads[: len(inputs)], self.input_gradients)
             _copy(grads[len(inputs) :], graphs._gradients)
         self.bytes = torch.cuda.max_memory_allocated(x.device) - before  # of the arena's, at the peak
 
+    def close(self) -> None:
+        """Gives the graphs up, whoever still refers to this object."""
+        self.forward_graph = self.backward_graph = None
+        self._retire()
+
     def _forward(self, model: nn.Module, args: tuple) -> tuple[Tensor, Tensor, Tensor]:
         return torch.func.functional_call(_Blocks(model), self._leaves, args)
+
+
+@contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, arena: Arena) -> Iterator[None]:
+    """Captures into that graph, from that memory."""
+    # "thread_local": other threads may allocate meanwhile, as the data loader's does where batches are pinned.
+    options = {"pool": arena.id, "stream": arena.stream, "capture_error_mode": "thread_local"}
+    with disposal.under_way():
+        try:
+            with torch.cuda.graph(graph, **options):
+                yield
+        except BaseException:
+            # Where CUDA itself gave the capture up, PyTorch 2.11 allocates from the pool for good, and aborts when any
+            # pool is destroyed. In other cases this has been done.
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(arena.device.index, arena.id)
+            raise
 
 
 def _copy(gradients: Sequence[Tensor | None], buffers: list[Tensor]) -> None:

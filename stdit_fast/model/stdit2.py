@@ -580,6 +580,8 @@ class STDiT2(PreTrainedModel):
         Args:
             early: that memory is taken before there is a graph, in the second step.
         """
+        if self.graphs is not None:
+            self.graphs.release()
         self.graphs = BlockGraphs(self, early) if wanted else None
 
     def _has_graph(self, tokens: Tensor, modulation: Tensor) -> bool:

@@ -18,7 +18,8 @@ from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import from_pixels
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.parallel import watchdog
-from stdit_fast.parallel.processes import launch
+from stdit_fast.parallel.allocator import expand_segments
+from stdit_fast.parallel.processes import launch, launched_processes
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint, out_of_memory
 from stdit_fast.train.bad_samples import BadSamples
@@ -57,6 +58,8 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
+        if config.expandable_segments is True or (config.expandable_segments == "auto" and launched_processes() == 1):
+            logger.info(expand_segments())  # before anything is there
         self.processes = launch(config.seed)
         early = config.share_memory is True
         if config.cuda_graphs and (early or (config.share_memory == "auto" and self.processes.world_size == 1)):
@@ -109,8 +112,10 @@ class Trainer:
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
-        if early:
-            self.optimizer.make_state()
+        if self.device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        self.optimizer.make_state()
 
     # -------------------------------------------------------------- the loop
 

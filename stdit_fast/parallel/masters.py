@@ -51,7 +51,10 @@ class MasterWeights(ABC):
 
     @torch.no_grad()
     def make_state(self) -> None:
-        """Makes the moments, unless they are there: else the first step would, amid memory that activations want."""
+        """Makes the moments, unless they are there.
+
+        Else the first step would, from what its activations have left: each in a gap that no later bucket fills.
+        """
         self._adamw()
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ PyTorch, "compile" the same with each block under torch.compile, "fused" our ker
 """
 
 import argparse
+import gc
 import sys
 import time
 
@@ -127,15 +128,24 @@ def main() -> int:
     print(COLUMNS)
     for impl in args.impl:
         model = build(impl, args.depth, device)
-        model.set_cuda_graphs(impl == "fused" and not args.no_graphs)
         model.set_checkpointing(checkpointing)
         for case in args.cases:
+            begin_anew(model, impl == "fused" and not args.no_graphs)
             run_case(model, case, impl, args)
         del model
         torch.compiler.reset()
         if device == "cuda":
             torch.cuda.empty_cache()
     return 0
+
+
+def begin_anew(model: STDiT2, graphs: bool) -> None:
+    """Lets go of what an earlier case has left: gradients, CUDA graphs and their memory, cached memory."""
+    model.zero_grad(set_to_none=True)
+    model.set_cuda_graphs(graphs)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def build(impl: str, depth: int, device: str, **sizes: int) -> STDiT2:

@@ -38,6 +38,7 @@ from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
 from stdit_fast.benchmarks.train_run import write_tokenizer
 from stdit_fast.errors import ConfigError, run_command
+from stdit_fast.parallel.allocator import expand_segments
 from stdit_fast.train.config import TrainConfig, parse
 from stdit_fast.train.dataset import make_loader
 from stdit_fast.train.demo_data import CAPTIONS
@@ -235,7 +236,7 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
                 trainer.train_step(timed_batches)
                 parts.step_ends()
                 if i >= WARMUP:
-                    seen[case].add(trainer.state.model)
+                    seen[case].add(trainer, requests[case][i])
             if i + 1 >= WARMUP + LEAST_STEPS and time.perf_counter() - begun > args.seconds * len(group):
                 break
         for number, case in enumerate(group):
@@ -255,13 +256,20 @@ class Seen:
     peak: int = 0  # bytes
     recomputed: int = 0  # blocks, at most
     graphs: int = 0  # steps that ran as CUDA graphs
+    parts: int = 1  # of a batch that ran out of memory, at most
 
-    def add(self, model) -> None:
+    def add(self, trainer: Trainer, request: BatchRequest) -> None:
+        model = trainer.state.model
+        self.parts = max(self.parts, len(trainer.pieces.of(trainer.data.buckets[request.bucket], len(request.samples))))
         if torch.cuda.is_available():
             beside = 0 if model.graphs is None else model.graphs.pool_bytes
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() + beside)
         self.recomputed = max(self.recomputed, model.last_checkpointed)
         self.graphs += model.last_graphed
+
+
+def has_expandable_segments() -> bool:
+    return torch.cuda.is_available() and any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
 
 
 def two_steps(trainer: Trainer, batches: Iterator[dict]) -> None:
@@ -285,6 +293,10 @@ def record(case: str, kind: str, trainer: Trainer, found: tuple, seen: Seen, arg
         "wait_share": round(of_parts["data"] / step, 4),
         "checkpointed_blocks": seen.recomputed,
         "cuda_graph": seen.graphs == len(times),
+        "graph_steps": seen.graphs,
+        "pieces": seen.parts,
+        "share_memory": trainer.config.share_memory,
+        "expandable_segments": has_expandable_segments(),
         "mixed": args.mixed,
         "encode_ahead": trainer.config.encode_ahead and trainer.vae is not None,
         "workers": trainer.config.dataset.num_workers,
@@ -337,6 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             extra = ["--features.path", str(scratch / "features")] if kind == "features" else []
             config = parse([*command, *extra])
+            if config.expandable_segments is not False:
+                expand_segments()  # as the trainer does, but before encoders are there
             if kind == "features":
                 make_features(config)
             run_kind(kind, own, rows, config, args)

@@ -1,10 +1,16 @@
-"""Shared by all tests: two threads, Triton's interpreter where there is no GPU, the original's golden tensors."""
+"""Shared by all tests: one thread, Triton's interpreter where there is no GPU, the original's golden tensors."""
 
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Threads would wait for each other longer than tensors this small take. Processes that tests start inherit the number,
+# since how a sum is split over threads decides its last bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -18,9 +24,22 @@ DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads():
-    torch.set_num_threads(2)
+def exact_float32():
     torch.backends.cudnn.allow_tf32 = False  # what tests compare with in float32 should be float32
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """Training inside leaves this process its signal handlers, and no place among processes to later runs."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = set(os.environ)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for name in set(os.environ) - environment:
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import DATA, relative_error
+from conftest import DATA, as_it_was, relative_error
 from PIL import Image
 
 from stdit_fast.encoders.autoencoder import VideoAutoencoder, draw_latents
@@ -58,19 +57,9 @@ PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of
 
 @pytest.fixture(autouse=True, scope="module")
 def alone():
-    """Runs in this process leave no signal handlers and no place among processes to the tests that follow.
-
-    One thread, as processes of their own have: sums are made in one order.
-    """
-    torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    environment = set(os.environ)
-    yield
-    torch.set_num_threads(2)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in set(os.environ) - environment:
-        del os.environ[name]
+    """Runs in this process leave it as it was to the tests that follow."""
+    with as_it_was():
+        yield
 
 
 def write_table(folder: Path, rows: list[tuple]) -> Path:

@@ -60,9 +60,10 @@ def masked(given):
     return given | {"x_mask": x_mask.to(DEVICE)}
 
 
+FRAMES = 3 if DEVICE == "cuda" else 2  # the interpreter takes seconds for each
 CASES = {
-    "video": lambda: inputs(batch=2, frames=3, height=5, width=4),
-    "masked": lambda: masked(inputs(batch=2, frames=3, height=6, width=3)),
+    "video": lambda: inputs(batch=2, frames=FRAMES, height=3, width=4),
+    "masked": lambda: masked(inputs(batch=2, frames=FRAMES, height=4, width=3)),
     "image": lambda: inputs(batch=2, frames=1),
     "masked image": lambda: masked(inputs(batch=2, frames=1)),
 }
@@ -121,15 +122,16 @@ def test_equals_the_original(golden, case):
         assert relative_error(got.flatten()[::97] if parameter.numel() >= 4000 else got, want) < 1e-4, name
 
 
-@pytest.mark.parametrize("count, case", [("all", "masked" if DEVICE == "cuda" else "image"), (1, "image")])
-def test_checkpointing_changes_no_bit(case, count):
+@pytest.mark.parametrize("case", ["image", "masked"] if DEVICE == "cuda" else ["image"])
+def test_checkpointing_changes_no_bit(case):
     fused, _ = models()
     given = on_device(CASES[case]())
     want = step(fused, given)
-    fused.set_checkpointing(count)
-    got = step(fused, given)
-    for name, value in want.items():
-        assert torch.equal(got[name], value), name
+    for count in ("all", 1):
+        fused.set_checkpointing(count)
+        got = step(fused, given)
+        for name, value in want.items():
+            assert torch.equal(got[name], value), (count, name)
 
 
 def test_auto_checkpointing_keeps_everything_that_fits():
@@ -299,7 +301,7 @@ class TheirModel(nn.Module):
 
 
 @pytest.mark.parametrize("with_mask", [False, True], ids=["unmasked", "x_mask"])
-@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("frames", [1, FRAMES])
 def test_patched_model_gives_the_same(frames, with_mask):
     torch.manual_seed(0)
     theirs = TheirModel().to(DEVICE)
@@ -312,7 +314,7 @@ def test_patched_model_gives_the_same(frames, with_mask):
     assert all(parameters[name] is p for name, p in patched.named_parameters())
     assert patched.state_dict().keys() == state.keys()
 
-    tokens, channels = 5, 48
+    tokens, channels = 3, 48
     x = torch.randn(2, frames * tokens, channels)
     given = dict(y=torch.randn(1, 7, channels), t=torch.randn(2, 6 * channels), t_tmp=torch.randn(2, 3 * channels))
     given |= dict(mask=[3, 4], T=frames, S=tokens)

@@ -5,13 +5,13 @@ import gc
 import json
 import math
 import os
-import signal
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import as_it_was
 from safetensors.torch import load_file
 from test_training import EXACT, arguments, command, losses, table, trainer  # noqa: F401 (fixtures)
 
@@ -116,13 +116,8 @@ def whole(table, tmp_path_factory):  # noqa: F811
     from stdit_fast.train.trainer import Trainer
 
     outputs = tmp_path_factory.mktemp("whole")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    environment = set(os.environ)
-    path = Trainer(parse(arguments(table, outputs, **CHANGES))).train()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in set(os.environ) - environment:  # which processes of a later run would take for their own
-        del os.environ[name]
+    with as_it_was():
+        path = Trainer(parse(arguments(table, outputs, **CHANGES))).train()
     return losses(outputs), load_file(path / "model" / "model.safetensors")
 
 

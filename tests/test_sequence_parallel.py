@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import test_training
 import torch
-from conftest import relative_error
+from conftest import as_it_was, relative_error
 from safetensors.torch import load_file
 from sequence_worker import DEPTH
 from test_fused_model import inputs, masked, models, on_device, step
@@ -31,15 +30,10 @@ PROCESSES = 4  # with groups of 2 and of 4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def as_it_was():
+def alone():
     """Runs in this process leave it as it was, for those in processes of their own."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    environment = set(os.environ)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in set(os.environ) - environment:
-        del os.environ[name]
+    with as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")

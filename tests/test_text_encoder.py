@@ -23,11 +23,6 @@ VOCABULARY = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *WOR
 CAPTIONS = ["a big rabbit", "", "the man talks in the car in the street in the meadow"]
 
 
-@pytest.fixture(autouse=True)
-def _few_threads():
-    torch.set_num_threads(2)
-
-
 def save_tokenizer(folder, words: dict[str, int] = VOCABULARY) -> None:
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
+from conftest import DATA, as_it_was
 from safetensors.torch import load_file
 
 from stdit_fast import STDiT2
@@ -30,6 +30,7 @@ SMALL = {
     "text_encoder.model_max_length": 8,
     "dataset.num_workers": 0,
     "validation.every": 0,
+    "sampling.every": 0,
     "buckets": "{64p: {1: [1.0, 3], 4: [0.5, 2], 8: [1.0, 2]}}",
     "ckpt_every": 3,
     "keep_checkpoints": 2,
@@ -189,17 +190,11 @@ def trainer(table, tmp_path):
     """trainer(**changes) -> a Trainer that writes into tmp_path / "run"."""
     from stdit_fast.train.trainer import Trainer
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    environment = set(os.environ)
-
     def make(outputs="run", data=table, **changes):
         return Trainer(parse(arguments(data, tmp_path / outputs, **changes)))
 
-    yield make
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    for name in set(os.environ) - environment:  # a run in processes of its own would take rank and port for its own
-        del os.environ[name]
+    with as_it_was():
+        yield make
 
 
 def test_next_stage_with_and_without_the_optimizer(trainer, tmp_path):

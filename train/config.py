@@ -7,7 +7,6 @@ Names follow Open-Sora's own configs where it has them (`dataset`, `vae`, `text_
 import dataclasses
 import importlib.util
 import logging
-import math
 import sys
 import typing
 from dataclasses import dataclass, field
@@ -34,7 +33,21 @@ logger = logging.getLogger(__name__)
 
 PLUGINS = ("auto", "zero2", "zero2-seq", "ddp")
 DTYPES = ("auto", "bf16", "fp32")
-MIN_TIMESTEPS = 21  # the last beta is 20 / num_timesteps
+# The least that numbers may be.
+LEAST: dict[float, tuple[str, ...]] = {
+    0: (
+        *("lr", "weight_decay", "adam_eps", "grad_clip", "warmup_steps", "seed", "sampling.seed"),
+        *("dataset.num_workers", "validation.every", "sampling.every"),
+    ),
+    2**-10: ("features.shard_mib",),
+    1: (
+        *("steps", "grad_accumulation", "keep_checkpoints", "ckpt_every", "log_every", "max_skipped_in_a_row"),
+        *("dead_after", "hang_timeout", "validation.batches_per_bucket", "features.crops"),
+        *("dataset.frame_interval", "dataset.prefetch_factor"),
+    ),
+    2: ("text_encoder.model_max_length",),
+    21: ("scheduler.num_timesteps",),  # the last beta is 20 / num_timesteps
+}
 MODEL_FORMATS = ("auto", "stdit-fast", "open-sora", "pixart")
 WEIGHTINGS = ("batch", "sample")
 # What other trainers call it, and what stands here for it.
@@ -432,6 +445,20 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: the first that cannot be.
     """
+    _check_values(config)
+    _check_together(config)
+    _check_files(config)
+    MaskGenerator(config.mask_ratios)
+    make_buckets(config)
+    model_config(config, caption_channels=1)
+    if config.sampling.every > 0:
+        from stdit_fast.train.sampling import check_sampling  # brings in diffusers' pipelines, which take seconds
+
+        check_sampling(config)
+
+
+def _check_values(config: TrainConfig) -> None:
+    """Each value by itself."""
     for key, choices in (
         ("plugin", PLUGINS),
         ("dtype", DTYPES),
@@ -445,30 +472,22 @@ def check(config: TrainConfig) -> None:
         value = get(config, key)
         if value not in choices:
             raise ConfigError(key, value, nearest(value, choices))
-    for key in ("steps", "grad_accumulation", "keep_checkpoints", "ckpt_every", "log_every", "max_skipped_in_a_row"):
-        _check_range(config, key, 1)
-    for key in ("warmup_steps", "seed", "dataset.num_workers", "weight_decay", "grad_clip"):
-        _check_range(config, key, 0)
-    for key in ("validation.every", "sampling.every", "sampling.seed"):
-        _check_range(config, key, 0)
-    for key in ("dataset.frame_interval", "dataset.prefetch_factor", "validation.batches_per_bucket", "features.crops"):
-        _check_range(config, key, 1)
-    _check_range(config, "features.shard_mib", 2**-10)
-    _check_range(config, "dead_after", 1)
-    _check_range(config, "hang_timeout", 1)
-    _check_range(config, "lr", 0)
-    _check_range(config, "adam_eps", 0)
+    for least, keys in LEAST.items():
+        for key in keys:
+            check_range(key, get(config, key), least)
+    for key in ("ema_decay", "dataset.max_bad_share"):
+        check_range(key, get(config, key), 0, 1)
     if not all(0 <= beta < 1 for beta in config.adam_betas):
         raise ConfigError("adam_betas", config.adam_betas, "use two values from 0 to below 1, such as [0.9, 0.999]")
-    _check_range(config, "ema_decay", 0, 1)
-    _check_range(config, "dataset.max_bad_share", 0, 1)
-    _check_range(config, "scheduler.num_timesteps", MIN_TIMESTEPS)
-    _check_range(config, "text_encoder.model_max_length", 2)
     check_micro_batch_size("vae.micro_batch_size", config.vae.micro_batch_size)
+    check_setting(config.sequence_parallel)
+
+
+def _check_together(config: TrainConfig) -> None:
+    """Values that forbid each other."""
     if config.plugin in ("zero2", "zero2-seq") and config.dtype == "fp32":
         remedy = f"{config.plugin} trains in bf16 with fp32 masters; use dtype bf16, or plugin ddp"
         raise ConfigError("dtype", "fp32", remedy)
-    check_setting(config.sequence_parallel)
     if config.plugin == "zero2" and config.sequence_parallel != 1:
         raise ConfigError("sequence_parallel", config.sequence_parallel, "use it with plugin zero2-seq, ddp or auto")
     if config.plugin == "ddp" and config.dtype == "bf16":
@@ -477,6 +496,13 @@ def check(config: TrainConfig) -> None:
     blocks = config.grad_checkpoint
     if blocks != "auto" and not isinstance(blocks, bool) and not 0 <= blocks <= depth:
         raise ConfigError("grad_checkpoint", blocks, f"use auto, false, true or 0 to model.depth = {depth}")
+    if config.features.validation_path is not None and config.validation.data_path is None:
+        remedy = "it would not be read; name the table that it was made of, validation.data_path, or leave it out"
+        raise ConfigError("features.validation_path", config.features.validation_path, remedy)
+
+
+def _check_files(config: TrainConfig) -> None:
+    """What has to be there; of weights on a hub only their names are known."""
     if config.dataset.data_path is None:
         raise ConfigError("dataset.data_path", None, "name the metadata table (CSV or Parquet) of the training samples")
     for key, what in (
@@ -487,9 +513,6 @@ def check(config: TrainConfig) -> None:
         path = get(config, key)
         if path is not None and not Path(path).exists():
             raise ConfigError(key, path, f"there is no such {what}")
-    if config.features.validation_path is not None and config.validation.data_path is None:
-        remedy = "it would not be read; name the table that it was made of, validation.data_path, or leave it out"
-        raise ConfigError("features.validation_path", config.features.validation_path, remedy)
     if config.load is not None:
         from stdit_fast.train import checkpoint  # brings in the model
 
@@ -499,13 +522,6 @@ def check(config: TrainConfig) -> None:
     check_output_folder("outputs", config.outputs)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb", True, "it is not installed; run `pip install wandb`, or use wandb: false")
-    MaskGenerator(config.mask_ratios)
-    make_buckets(config)
-    model_config(config, caption_channels=1)
-    if config.sampling.every > 0:
-        from stdit_fast.train.sampling import check_sampling  # brings in diffusers' pipelines, which take seconds
-
-        check_sampling(config)
 
 
 def check_weights(config: TrainConfig, *, encoders: bool) -> None:
@@ -526,10 +542,6 @@ def get(config: TrainConfig, key: str):
     for part in key.split("."):
         value = getattr(value, part)
     return value
-
-
-def _check_range(config: TrainConfig, key: str, low: float, high: float = math.inf) -> None:
-    check_range(key, get(config, key), low, high)
 
 
 def make_buckets(config: TrainConfig) -> Buckets:

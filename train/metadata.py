@@ -48,6 +48,8 @@ class Sample(NamedTuple):
 
 
 class Unreadable(NamedTuple):
+    """A file whose sizes could not be looked up: its row of the table, its path there, and why."""
+
     row: int
     path: str
     reason: str

@@ -50,6 +50,7 @@ class Mismatch:
 
     @classmethod
     def between(cls, state_dict: StateDict, model: torch.nn.Module) -> "Mismatch":
+        """Of a state dict and the model that it is to be loaded into."""
         own = model.state_dict()
         shapes = [
             (key, tuple(state_dict[key].shape), tuple(own[key].shape))
@@ -70,6 +71,7 @@ class Mismatch:
         return bool(self.missing or self.unexpected or self.shapes)
 
     def describe(self) -> str:
+        """All keys that do not fit, in one line."""
         parts = []
         if self.missing:
             parts.append(f"{len(self.missing)} keys missing: {', '.join(self.missing)}")

@@ -29,10 +29,12 @@ struct ScaledNorm : NormArguments {
 template <int D>
 using Norm = std::conditional_t<kRoundsLongKeys<D>, ScaledNorm, NormArguments>;
 
-// What comes with a tile, which rounded keys have nothing of. Unused there: all else lies where it lay when those
-// kernels were checked and timed.
-template <int D, class T, int Count>
-using Beside = std::conditional_t<kRoundsLongKeys<D>, char[128], T[Count]>;
+// What comes with each tile of a ring: nothing of rounded keys.
+struct Nothing {};
+template <int D, class T, int Count, int Stages>
+using Beside = std::conditional_t<kRoundsLongKeys<D>, Nothing, T[Stages][Count]>;
+template <int D>
+constexpr int kBesideAlignment = kRoundsLongKeys<D> ? 1 : 128;
 
 // ------------------------------------------------------------ dq
 
@@ -52,7 +54,7 @@ struct QueryGradient {
     alignas(1024) char o[kConsumers][QueryTile::kBytes];
     alignas(1024) char v[kStages][KeyTile::kBytes];
     alignas(128) char k[kStages][kKeyBytes];
-    alignas(128) Beside<D, float, kKeys> factors[kStages];
+    alignas(kBesideAlignment<D>) Beside<D, float, kKeys, kStages> factors;
     alignas(16) float2 rows[2][kQueries];  // lse in units of log2, delta
     alignas(16) float weights[D];
     float weight_sums[4 * kConsumers][D];
@@ -147,7 +149,7 @@ __device__ __forceinline__ void produce(const QueryArguments<G::D>& a, typename 
       Barrier& full = s.kv_full[kv.stage];
       const int64_t row = row0 + tile * G::kKeys;
       s.kv_empty[kv.stage].wait(kv.parity ^ 1);
-      full.arrive_and_expect(G::KeyTile::kLoadBytes + G::kKeyBytes + (kRoundsLongKeys<D> ? 0 : sizeof(s.factors[0])));
+      full.arrive_and_expect(G::KeyTile::kLoadBytes + G::kKeyBytes + (kRoundsLongKeys<D> ? 0 : G::kKeys * sizeof(float)));
       load_bytes(a.key_image + Image<D>::bytes(row), full, s.k[kv.stage], G::kKeyBytes);
       load_tile<D, G::kKeys>(a.v, full, s.v[kv.stage], tile * G::kKeys, u.head, u.sequence);
       if constexpr (!kRoundsLongKeys<D>) {
@@ -292,7 +294,7 @@ struct KeyGradient {
     alignas(128) char k[2][kConsumers][kGroups][Image<D>::kGroupBytes];
     alignas(128) char q[kStages][kQueryBytes];
     alignas(128) char d_o[kStages][kQueryBytes];
-    alignas(128) Beside<D, float2, kQueries> rows[kStages];  // lse in units of log2, delta
+    alignas(kBesideAlignment<D>) Beside<D, float2, kQueries, kStages> rows;  // lse in units of log2, delta
     Barrier kv_full[2], kv_empty[2], q_full[kStages], q_empty[kStages];
   };
   static constexpr int kSharedBytes = sizeof(Shared) + 1024;
@@ -362,7 +364,7 @@ __device__ __forceinline__ void produce(const KeyArguments<G::D>& a, typename G:
       Barrier& full = s.q_full[q.stage];
       const int64_t row = row0 + tile * kQueries;
       s.q_empty[q.stage].wait(q.parity ^ 1);
-      full.arrive_and_expect(2 * G::kQueryBytes + (kRoundsLongKeys<D> ? 0 : sizeof(s.rows[0])));
+      full.arrive_and_expect(2 * G::kQueryBytes + (kRoundsLongKeys<D> ? 0 : kQueries * sizeof(float2)));
       load_bytes(a.query_image + Image<D>::bytes(row), full, s.q[q.stage], G::kQueryBytes);
       load_bytes(a.d_o_image + Image<D>::bytes(row), full, s.d_o[q.stage], G::kQueryBytes);
       if constexpr (!kRoundsLongKeys<D>) load_bytes(a.rows + row, full, s.rows[q.stage], sizeof(s.rows[0]));

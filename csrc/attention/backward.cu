@@ -24,7 +24,7 @@
 // faster. Wider heads' sums leave no room for this kernel: long_backward.cu serves them at any length.
 //
 // delta = rowsum(do * o) comes from a small kernel before; the weights' gradients, summed by each block over its dq
-// tiles, are added by one after.
+// tiles, are added by one after. Each of the three begins while the one before it ends (launch_early).
 
 #include <algorithm>
 
@@ -187,6 +187,7 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
     fence_async_shared();
     arrive_warp(barrier);
   };
+  wait_for_kernel_before();  // for the rows' sums, which nobody else reads
   Dealer dealer{warp};
   for (Cursor<B> at; at.valid(a); at.next(a)) {
     const Unit<B> u = at.units.unit(a);
@@ -197,7 +198,7 @@ __device__ __forceinline__ void normalise(const BackwardArguments& a, typename B
          ++i) {  // zeroes for a query that is not there: its do is zero too, so nothing comes of it
       const int query = first_query + helper + 32 * kNormalisers * i;
       rows[i] = make_float2(0.0f, 0.0f);
-      if (query < a.queries) rows[i] = __ldg(a.rows + static_cast<int64_t>(u.item) * a.queries + query);
+      if (query < a.queries) rows[i] = __ldcg(a.rows + static_cast<int64_t>(u.item) * a.queries + query);
     }
     if (at.step == 0) {
       if (kForRacecheck) s.k_ready[at.kv.stage].wait(at.kv.parity ^ 1);
@@ -505,6 +506,7 @@ __global__ void __launch_bounds__(B::kThreads, 1)
   for (int i = threadIdx.x; i < B::D; i += B::kThreads) s.weights[i] = a.norm.weight(i) * a.norm.scale * kLog2E;
   for (int i = threadIdx.x; i < 4 * B::kConsumers * B::D; i += B::kThreads) (&s.weight_sums[0][0])[i] = 0.0f;
   __syncthreads();
+  let_next_kernel_begin();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {
     leave_registers<B::kFeederRegisters>();
@@ -522,6 +524,7 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 
 template <int D>
 __global__ void __launch_bounds__(kRowThreads) attention_rows_kernel(RowArguments a) {
+  let_next_kernel_begin();
   write_row_sums<D>(a, blockIdx.x);
 }
 
@@ -596,7 +599,7 @@ void launch(const stdit_attention& call, const stdit_attention_gradients& g, cud
   check_launch("attention_rows_kernel");
   const auto kernel = attention_backward_kernel<B>;
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, B::kSharedBytes));
-  kernel<<<plan.blocks, B::kThreads, B::kSharedBytes, stream>>>(a);
+  launch_early(kernel, dim3(plan.blocks), dim3(B::kThreads), B::kSharedBytes, stream, a);
   check_launch("attention_backward_kernel");
   sum_weights<D>(a.weight_partials, plan.blocks, a.norm, g.d_weights, stream);
 }

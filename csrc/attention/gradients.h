@@ -111,6 +111,19 @@ struct RawRows {
     }
   }
 
+  // From 16 rows of a tile in shared memory, from `first_row` on.
+  template <class T>
+  __device__ __forceinline__ void read_tile(const char* tile, int first_row) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        const int row = first_row + static_cast<int>(threadIdx.x % 32 / 4) + 8 * h;
+        x[h][j] = *reinterpret_cast<const uint32_t*>(tile + T::offset(row, j) + threadIdx.x % 4 * 4);
+      }
+    }
+  }
+
   // From 16 rows of an image (row_image.h) in shared memory, eight of which take group_bytes.
   __device__ __forceinline__ void read_image(const char* image, int group_bytes) {
 #pragma unroll
@@ -318,25 +331,33 @@ __global__ void __launch_bounds__(128)
   d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
 }
 
-constexpr int kWeightShares = 8;
+constexpr int kWeightShares = 14;
 
-// The same with more loads on their way: one block of D x kWeightShares threads; a share has every eighth of `blocks`.
+// The same with more loads on their way: one block of D x kWeightShares threads, each with every 14th of `blocks`. It
+// begins while the kernel that makes `partials` ends.
 template <int D>
 __global__ void __launch_bounds__(D * kWeightShares)
     attention_weight_shares_kernel(const float* partials, int blocks, NormArguments norm, float factor,
                                    float* d_weights) {
   __shared__ float shares[kWeightShares][D];
   const int i = threadIdx.x;
+  float q_weight = 0.0f, k_weight = 0.0f;
+  if (threadIdx.y == 0) {
+    q_weight = norm.weight(norm.q_weight, i);
+    k_weight = norm.weight(norm.k_weight, i);
+  }
+  wait_for_kernel_before();
   float sum = 0.0f;
-#pragma unroll 8
-  for (int b = threadIdx.y; b < blocks; b += kWeightShares) sum += __ldg(partials + static_cast<int64_t>(b) * D + i);
+#pragma unroll 10
+  for (int b = threadIdx.y; b < blocks; b += kWeightShares) sum += __ldcg(partials + static_cast<int64_t>(b) * D + i);
   shares[threadIdx.y][i] = sum;
   __syncthreads();
   if (threadIdx.y > 0) return;
+#pragma unroll
   for (int share = 1; share < kWeightShares; ++share) sum += shares[share][i];
   sum *= factor;
-  d_weights[i] = sum * norm.weight(norm.k_weight, i);
-  d_weights[D + i] = sum * norm.weight(norm.q_weight, i);
+  d_weights[i] = sum * k_weight;
+  d_weights[D + i] = sum * q_weight;
 }
 
 // The gradients of the weights from their sums over each block's rows; none, where they are not asked for (null).
@@ -344,8 +365,8 @@ template <int D>
 void sum_weights(const float* partials, int blocks, const NormArguments& norm, float* d_weights, cudaStream_t stream) {
   if (d_weights == nullptr) return;
   if constexpr (D == 72) {
-    attention_weight_shares_kernel<D>
-        <<<1, dim3(D, kWeightShares), 0, stream>>>(partials, blocks, norm, norm.scale, d_weights);
+    launch_early(attention_weight_shares_kernel<D>, dim3(1), dim3(D, kWeightShares), 0, stream, partials, blocks, norm,
+                 norm.scale, d_weights);
   } else {  // which have not run with it
     attention_weights_kernel<D><<<1, 128, 0, stream>>>(partials, blocks, norm, norm.scale, d_weights);
   }

@@ -149,7 +149,8 @@ __device__ __forceinline__ void produce(const QueryArguments<G::D>& a, typename 
       Barrier& full = s.kv_full[kv.stage];
       const int64_t row = row0 + tile * G::kKeys;
       s.kv_empty[kv.stage].wait(kv.parity ^ 1);
-      full.arrive_and_expect(G::KeyTile::kLoadBytes + G::kKeyBytes + (kRoundsLongKeys<D> ? 0 : G::kKeys * sizeof(float)));
+      full.arrive_and_expect(G::KeyTile::kLoadBytes + G::kKeyBytes +
+                             (kRoundsLongKeys<D> ? 0 : G::kKeys * sizeof(float)));
       load_bytes(a.key_image + Image<D>::bytes(row), full, s.k[kv.stage], G::kKeyBytes);
       load_tile<D, G::kKeys>(a.v, full, s.v[kv.stage], tile * G::kKeys, u.head, u.sequence);
       if constexpr (!kRoundsLongKeys<D>) {

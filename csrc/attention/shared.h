@@ -54,6 +54,28 @@ inline NormArguments norm_of(const stdit_attention& call) {
       call.epsilon,  call.scale};
 }
 
+// Kernels that begin while the one before them in the stream ends (programmatic dependent launch). Such a kernel waits
+// before it touches what that one makes; that one says when no block of it is left to begin.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_kernel_begin() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_bytes, cudaStream_t stream,
+                  const Arguments&... arguments) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  STDIT_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
 inline HeadArray array_of(const stdit_heads& h) {
   return {static_cast<__nv_bfloat16*>(h.data), h.sequence_stride, h.row_stride, h.head_stride};
 }

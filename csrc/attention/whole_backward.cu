@@ -14,7 +14,8 @@
 //
 // Chunks come as pairs, (k, v) and (q, do), into a ring of 11 places: up to 256 rows the next head's first are there
 // before this one ends, since pairs are asked for in the order in which this head's leave: k and v by their unit, q and
-// do by the last. Three warps normalise q and k where they lie.
+// do by the last. Three warps normalise q and k where they lie. k's gradient goes back through the norm by what is on
+// chip: normalised k and its rows' factors.
 
 #include <algorithm>
 
@@ -37,19 +38,17 @@ template <int D_>
 struct Whole {
   static constexpr int D = D_, kConsumers = 2, kThreads = 128 * (kConsumers + 1);
   static constexpr int kPlaces = 11;
-  // Chunks of queries whose pairs can be in the ring at once: of one more, the first has left.
-  static constexpr int kRowPlaces = 6;
   static constexpr int kFeederRegisters = 72;
   static constexpr int kConsumerRegisters = consumer_registers(kConsumers, kFeederRegisters);
-  // Products over columns take sixteens. Where that leaves eight, they hold what has to be taken off: -lse beside q,
+  // Products over columns take sixteens. The eight that are left hold what has to be taken off: -lse beside q,
   // -delta beside do, in three parts each, and ones beside k and v, so that the products come out as s - lse and dp -
   // delta.
-  static constexpr bool kPads = Image<D>::kPads;
+  static_assert(Image<D>::kPads, "columns for that");
   using T = Tile<D, 64>;
 
   struct Shared {
     alignas(1024) char pairs[kPlaces][2][T::kBytes];  // q and do, or k and v
-    alignas(16) float2 rows[kRowPlaces][64];          // lse in units of log2, delta
+    float key_factors[kPlaces][64];                   // by which k is normalised
     alignas(16) float weights[D];
     float weight_sums[4 * kConsumers][D];
     Barrier full[kPlaces], ready[kPlaces], empty[kPlaces];
@@ -60,7 +59,7 @@ struct Whole {
 
 struct WholeArguments {
   TileMaps q, k, v, d_o;
-  HeadArray raw_q, raw_k, o, d_q, d_k, d_v;
+  HeadArray raw_q, o, d_q, d_k, d_v;
   NormArguments norm;
   float score_factor;      // of scores, to units of log2
   const float* lse;        // [sequences * heads, queries]
@@ -115,10 +114,6 @@ struct WholeHead {
       f(i < 4 ? i % 2 : i - (of_queries ? chunks : 2), of_queries);
     }
   }
-  template <class W>
-  __device__ __forceinline__ int row_place(int chunk) const {
-    return static_cast<int>(static_cast<uint32_t>(chunks * number + chunk) % W::kRowPlaces);
-  }
 };
 
 template <class W>
@@ -170,12 +165,8 @@ __device__ __forceinline__ void prepare_queries(const WholeArguments& a, typenam
     }
   }
   const float sum = sums[0] + sums[1], delta = sum + __shfl_xor_sync(~0u, sum, 1);
-  if (W::kPads) {  // one lane of a row each
-    const uint4 parts = in_parts(lane % 2 == 0 ? -lse / a.score_factor : -delta);
-    *reinterpret_cast<uint4*>(s.pairs[place.stage][lane % 2] + T::offset(row, D / 8)) = parts;
-  } else if (lane % 2 == 0) {
-    s.rows[h.row_place<W>(chunk)][row] = make_float2(lse, delta);
-  }
+  const uint4 parts = in_parts(lane % 2 == 0 ? -lse / a.score_factor : -delta);  // one lane of a row each
+  *reinterpret_cast<uint4*>(s.pairs[place.stage][lane % 2] + T::offset(row, D / 8)) = parts;
   if (a.norm.folds()) {
     scale_rows<D, 64>(s.pairs[place.stage][0], group * 16, a.norm.normalise_q, a.norm.epsilon, s.weights);
   }
@@ -194,17 +185,16 @@ __device__ __forceinline__ void normalise(const WholeArguments& a, typename W::S
       }
       if (of_queries) {
         dealer.deal(4, [&](int group) { prepare_queries<W>(a, s, h, chunk, place, group); });
-      } else if (W::kPads || a.norm.normalise_k) {
+      } else {
         s.full[place.stage].wait(place.parity);
         dealer.deal((min(64, a.keys - 64 * chunk) + 15) / 16, [&](int group) {
           if (a.norm.normalise_k) {
-            scale_rows<D, 64>(s.pairs[place.stage][0], group * 16, true, a.norm.epsilon, nullptr);
+            scale_rows<D, 64>(s.pairs[place.stage][0], group * 16, true, a.norm.epsilon, nullptr,
+                              s.key_factors[place.stage]);
           }
-          if (W::kPads) {
-            const int lane = threadIdx.x % 32;
-            *reinterpret_cast<uint4*>(s.pairs[place.stage][lane % 2] +
-                                      W::T::offset(group * 16 + lane / 2, D / 8)) = ones();
-          }
+          const int lane = threadIdx.x % 32;
+          char* const tile = s.pairs[place.stage][lane % 2];
+          *reinterpret_cast<uint4*>(tile + W::T::offset(group * 16 + lane / 2, D / 8)) = ones();
         });
       }
       s.full[place.stage].wait(place.parity);  // where this warp had nothing to do, too
@@ -252,7 +242,7 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
   const bool sums_weights = a.weight_partials != nullptr;
   float* weight_sums = s.weight_sums[4 * consumer + warp];
   const int own_row = 16 * warp + lane / 4;  // this thread's, and eight more
-    const Turns<W::kConsumers> turns{consumer};
+  const Turns<W::kConsumers> turns{consumer};
   float p[32], dp[32];
   clear(p);
   clear(dp);
@@ -292,41 +282,17 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
     const int chunk = at.chunk(), first_row = 64 * chunk + own_row;
     const PairPlace own = at.own();
     const bool last = at.last();
-    float2 rows[2] = {};
-    if constexpr (!kOfKeys && !W::kPads) {
-      const float2* of_unit = s.rows[h.template row_place<W>(chunk)] + own_row;
-      rows[0] = of_unit[0];
-      rows[1] = of_unit[8];
-    }
     const auto differentiate = [&](int tile) {
       hold(p);
       hold(dp);
-      if constexpr (W::kPads) {
-        if (a.score_factor != 1.0f) {
+      if (a.score_factor != 1.0f) {
 #pragma unroll
-          for (int i = 0; i < 32; ++i) p[i] *= a.score_factor;
-        }
+        for (int i = 0; i < 32; ++i) p[i] *= a.score_factor;
+      }
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          p[i] = exp2_approx(p[i]);
-          dp[i] *= p[i];
-        }
-      } else if constexpr (kOfKeys) {
-        const float4* of_tile = reinterpret_cast<const float4*>(s.rows[h.template row_place<W>(tile)]) + lane % 4;
-#pragma unroll
-        for (int i = 0; i < 32; i += 2) {
-          const float4 row = of_tile[i / 4 * 4];  // two queries
-          p[i] = exp2_approx(fmaf(p[i], a.score_factor, -row.x));
-          p[i + 1] = exp2_approx(fmaf(p[i + 1], a.score_factor, -row.z));
-          dp[i] = p[i] * (dp[i] - row.y);
-          dp[i + 1] = p[i + 1] * (dp[i + 1] - row.w);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < 32; ++i) {
-          const float2& row = rows[i / 2 % 2];
-          dp[i] = (dp[i] - row.y) * exp2_approx(fmaf(p[i], a.score_factor, -row.x));
-        }
+      for (int i = 0; i < 32; ++i) {
+        p[i] = exp2_approx(p[i]);
+        dp[i] *= p[i];
       }
       if constexpr (!kOfKeys) {
         if (64 * tile + 64 > a.keys) {  // keys that are not there
@@ -384,9 +350,9 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
       }
       pack_both();
     }
-    if (kOfKeys) arrive_warp(s.empty[own.stage]);  // was only in the scores
     at.next(a);
-    RawRows<D> raw;
+    RawRows<D> raw;  // of keys: as they were normalised
+    float factor[2];
     if constexpr (!kOfKeys) raw.read(RowPair(a.raw_q, h.sequence, h.head, first_row, a.queries));
     // After the last unit the same again, which nobody waits for: one path, where the compiler sees what is under way.
     PairPlace next_own = own, next_tile = tile;
@@ -404,7 +370,11 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
     if constexpr (kOfKeys) {
       wgmma_wait<2>();
       hold(d_second);
-      raw.read(RowPair(a.raw_k, h.sequence, h.head, first_row, a.keys));
+      raw.template read_tile<T>(s.pairs[own.stage][0], 16 * warp);
+      const float* of_unit = s.key_factors[own.stage] + own_row;
+      factor[0] = of_unit[0];
+      factor[1] = of_unit[8];
+      arrive_warp(s.empty[own.stage]);
       write_rows<D, true>(d_second, RowPair(a.d_v, h.sequence, h.head, first_row, a.keys));
     }
     wgmma_wait<1>();
@@ -413,7 +383,7 @@ __device__ __forceinline__ void consume(const WholeArguments& a, typename W::Sha
       if (last) arrive_warp(s.empty[tile.stage]);
       // Where q is scaled, it is in units of log2.
       const float scale = a.norm.folds() ? kLn2 : a.norm.scale;
-      through_norm<D>(d_first, raw, a.norm.normalise_k, a.norm.epsilon, nullptr, scale, false, nullptr);
+      back_through_norm<D>(d_first, raw, a.norm.normalise_k, factor, scale);
       write_rows<D, true>(d_first, RowPair(a.d_k, h.sequence, h.head, first_row, a.keys));
     } else {
       if (last) {  // the other consumer's keys have been used here
@@ -460,6 +430,7 @@ __global__ void __launch_bounds__(W::kThreads, 1) attention_whole_kernel(const _
   }
   begin_weights<W::kThreads>(s.weights, s.weight_sums, a.norm);
   __syncthreads();
+  let_next_kernel_begin();
   const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the same for a warp, as the compiler can see
   if (group == 0) {
     leave_registers<W::kFeederRegisters>();
@@ -508,7 +479,6 @@ void whole_backward(const stdit_attention& call, const stdit_attention_gradients
     a.v = maps(call.v, call.keys);
     a.d_o = maps(g.d_o, call.queries);
     a.raw_q = array_of(call.q);
-    a.raw_k = array_of(call.k);
     a.o = array_of(call.o);
     a.d_q = array_of(g.d_q);
     a.d_k = array_of(g.d_k);

@@ -341,11 +341,11 @@ __device__ __forceinline__ void row_factors(const char* tile, int first_row, flo
 }
 
 // Scales 16 rows of a tile, in place, by a warp: by their reciprocal root mean square (if `normalise`) and by `weights`
-// (if not null). Two lanes a row: of each 64 columns the first takes the left half, so that eight lanes meet no bank
-// twice.
+// (if not null). The former are kept in factors [Rows], if not null. Two lanes a row: of each 64 columns the first takes
+// the left half, so that eight lanes meet no bank twice.
 template <int D, int Rows>
 __device__ __forceinline__ void scale_rows(char* tile, int first_row, bool normalise, float epsilon,
-                                           const float* weights) {
+                                           const float* weights, float* factors = nullptr) {
   using T = Tile<D, Rows>;
   constexpr int kRestPieces = T::kRest / 8, kEach = 4 * T::kBlocks + (kRestPieces + 1) / 2;
   const int lane = threadIdx.x % 32, half = lane % 2, row = first_row + lane / 2;
@@ -375,6 +375,7 @@ __device__ __forceinline__ void scale_rows(char* tile, int first_row, bool norma
     sum += __shfl_xor_sync(~0u, sum, 1);
     factor = rsqrtf(sum * (1.0f / D) + epsilon);
   }
+  if (factors != nullptr && half == 0) factors[row] = factor;
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     if (!there(i)) continue;

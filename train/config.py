@@ -82,13 +82,24 @@ class DatasetConfig:
 
 @dataclass
 class ModelConfig:
-    """The transformer; see STDiT2Config for its own keys.
+    """The transformer.
 
     Attributes:
         from_pretrained: weights to start from, a path or a hub name.
         format: of those weights: "stdit-fast" (a `save_pretrained` folder), "open-sora" (1.1), "pixart" (alpha),
             or "auto": pixart for a .pth file, stdit-fast for a folder whose config.json is ours, else open-sora.
-        qk_norm_legacy, final_layer_legacy: reproduce Open-Sora 1.1; not given: as the weights want it, else false.
+        input_sq_size: side in pixels at which positions are unscaled.
+        in_channels: channels of the autoencoder's latents.
+        hidden_size: width of the blocks, a multiple of 12.
+        depth: number of blocks.
+        num_heads: of each attention; a head has hidden_size / num_heads channels, an even number.
+        mlp_ratio: hidden width of the MLP over hidden_size.
+        class_dropout_prob: share of captions that are dropped.
+        qk_norm: RMS-normalise q and k of both self-attentions.
+        qk_norm_legacy: rotate before normalising, as Open-Sora 1.1 did; not given: as the weights want it, else false.
+        final_layer_legacy: condition frames pass the final modulation twice, as in Open-Sora 1.1; likewise.
+        backend: "auto" (fused kernels where they serve), "fused" (an error where they do not), "reference" (plain
+            PyTorch).
     """
 
     from_pretrained: str | None = None
@@ -163,7 +174,12 @@ class FeaturesConfig:
 
 @dataclass
 class SchedulerConfig:
-    """Diffusion: "iddpm", or "iddpm-speed" (SpeeDiT) for the first phase of training."""
+    """Diffusion.
+
+    Attributes:
+        type: "iddpm", or "iddpm-speed" (SpeeDiT) for the first phase of training.
+        num_timesteps: length of the schedule, 21 or more.
+    """
 
     type: str = "iddpm"
     num_timesteps: int = 1000
@@ -192,12 +208,14 @@ class SamplingConfig:
         every: optimizer steps between two; 0: never.
         prompts: texts, each with references and conditions as JSON at its end where it has some:
             'a sea {"reference_path": "sea.png", "mask_strategy": "0"}'.
-        resolution, aspect_ratio: the size by name, as in `buckets`, and "width:height" or a number, height / width;
-            quote the former in YAML.
-        height, width: the size in pixels, instead.
+        resolution: the size by name, as in `buckets`.
+        aspect_ratio: "width:height", quoted in YAML, or a number, height / width.
+        height: in pixels, with width instead of a resolution.
+        width: in pixels.
         num_frames: 1 makes images.
         fps: frames a second.
-        scheduler: "iddpm" (the original's), "ddim" or "dpm-solver++"; num_sampling_steps: its steps.
+        num_sampling_steps: of the scheduler.
+        scheduler: "iddpm" (the original's), "ddim" or "dpm-solver++".
         guidance_scale: classifier-free guidance; 1: none, at half the time.
         guidance_channels: of epsilon's channels that are guided, the first ones; null: all.
         seed: of the noise, together with the prompt's number.
@@ -240,7 +258,11 @@ class TrainConfig:
         steps: optimizer steps in all.
         grad_accumulation: batches a rank and step.
         loss_weighting: "batch" (mean over batches, as the original) or "sample" (batches weigh by their samples).
-        lr, weight_decay, adam_betas, adam_eps, warmup_steps: AdamW with linear warm-up, then constant.
+        lr: AdamW's learning rate, which rises linearly over warmup_steps and then stays.
+        weight_decay: AdamW's.
+        adam_betas: AdamW's, of the first and the second moment.
+        adam_eps: AdamW's.
+        warmup_steps: steps over which lr rises.
         grad_clip: global gradient norm at most; 0: no clipping.
         ema_decay: of the averaged weights; 0: none are kept.
         grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
@@ -259,7 +281,8 @@ class TrainConfig:
         load: a checkpoint of ours to start another stage from; counting begins anew.
         load_optimizer: with `load`, take the optimizer's state along.
         resume: go on from the newest checkpoint in `outputs`, if there is one.
-        ckpt_every: steps between checkpoints; keep_checkpoints: how many stay.
+        ckpt_every: steps between checkpoints.
+        keep_checkpoints: how many of the newest stay.
         log_every: steps between lines in TensorBoard (metrics.jsonl has every step).
         dead_after: seconds of silence in a step after which another process counts as lost, and this one ends with its
             name; 300 beside steps.

@@ -40,8 +40,10 @@ class Settings:
         reference: paths of images and videos, for prompts that have none of their own.
         mask_strategy: which frames of references go where, for prompts that do not say: loop, reference, start, place,
             length, edit ratio; several with ";" between. "0" starts with the first reference.
-        resolution, aspect_ratio: the size by name ("240p") and width:height ("16:9") or height / width.
-        height, width: the size in pixels, instead.
+        resolution: the size by name ("240p").
+        aspect_ratio: of it: width:height ("16:9"), or height / width ("0.56").
+        height: in pixels, with width instead of a resolution.
+        width: in pixels.
         resolutions: JSON file with further resolutions, as in training.
         num_frames: of a loop; 1 makes images.
         fps: frames a second, of the file and as the model is told.

@@ -11,8 +11,8 @@ also shared by all: inputs, results, and the gradients of both and of parameters
 
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -269,7 +269,8 @@ class BlockGraphs:
         disposal.destroy_retired()
         torch.cuda.empty_cache()
         self._make_gradients()
-        take_workspaces(x)
+        if self._early:
+            take_workspaces(x)
         if torch.cuda.current_stream(x.device) == torch.cuda.default_stream(x.device):
             with torch.cuda.stream(torch.cuda.Stream(x.device)):
                 self.arena = Arena(x.device)
@@ -350,14 +351,17 @@ class _Graph:
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         self._arena = arena  # whose pool must outlive them
         self._retire = disposal.retire_with(self, graphs=(self.forward_graph, self.backward_graph))
+        # "thread_local": other threads may allocate meanwhile, as the data loader's does where batches are pinned.
+        options = {"pool": arena.id, "stream": stream, "capture_error_mode": "thread_local"}
         torch.cuda.reset_peak_memory_stats(x.device)  # what it was before is lost
         before = torch.cuda.memory_allocated(x.device)
-        with torch.enable_grad(), _capture(self.forward_graph, arena):
+        with disposal.under_way(), torch.enable_grad(), torch.cuda.graph(self.forward_graph, **options):
             outs = self._forward(model, args)
             _copy([out.detach() for out in outs], self.outs)
         wanted = [leaf.data_ptr() for leaf in differentiated[len(inputs) :]]
         places = dict(zip(wanted, graphs._gradients, strict=True))
-        with ops.weight_gradients_into(places), _capture(self.backward_graph, arena):
+        capture = torch.cuda.graph(self.backward_graph, **options)
+        with ops.weight_gradients_into(places), disposal.under_way(), capture:
             grads = torch.autograd.grad(outs, differentiated, self.d_outs, allow_unused=True)
             _copy(grads[: len(inputs)], self.input_gradients)
             _copy(grads[len(inputs) :], graphs._gradients)
@@ -370,23 +374,6 @@ class _Graph:
 
     def _forward(self, model: nn.Module, args: tuple) -> tuple[Tensor, Tensor, Tensor]:
         return torch.func.functional_call(_Blocks(model), self._leaves, args)
-
-
-@contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, arena: Arena) -> Iterator[None]:
-    """Captures into that graph, from that memory."""
-    # "thread_local": other threads may allocate meanwhile, as the data loader's does where batches are pinned.
-    options = {"pool": arena.id, "stream": arena.stream, "capture_error_mode": "thread_local"}
-    with disposal.under_way():
-        try:
-            with torch.cuda.graph(graph, **options):
-                yield
-        except BaseException:
-            # Where CUDA itself gave the capture up, PyTorch 2.11 allocates from the pool for good, and aborts when any
-            # pool is destroyed. In other cases this has been done.
-            with suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(arena.device.index, arena.id)
-            raise
 
 
 def _copy(gradients: Sequence[Tensor | None], buffers: list[Tensor]) -> None:

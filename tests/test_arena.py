@@ -273,6 +273,30 @@ def test_what_an_arena_costs_large_steps(h100):
     assert memory.blocks_to_checkpoint(model, x, model.planned_bytes(), SimpleNamespace(usable=0)) == 28
 
 
+@pytest.mark.parametrize(
+    "case, samples, frames, positions, expected",
+    [
+        ("480p, 16 frames", 4, 16, 1590, 1),
+        ("720p, 16 frames", 2, 16, 3600, 1),
+        ("240p, 16 frames", 17, 16, 405, 6),
+        ("256, 16 frames: all fits", 8, 16, 256, 8),
+        ("144p, 16 frames: as small as it should be", 6, 16, 144, 6),
+        ("one sample", 1, 16, 8100, 1),
+    ],
+)
+def test_passes_over_fewer_samples_before_blocks_are_recomputed(h100, case, samples, frames, positions, expected):
+    model, like = FakeModel(), torch.empty(1, dtype=torch.bfloat16, device="meta")
+    held = model.planned_bytes() + memory.gradient_bytes(model)
+    found = memory.samples_at_once(model, torch.Size((samples, frames, positions, 1152)), like, held)
+    assert found == expected
+
+
+def test_a_gpu_with_room_runs_batches_as_they_are(h100, monkeypatch):
+    monkeypatch.setattr(memory, "memory_limit", lambda index: 192 * GIB)
+    model, like = FakeModel(), torch.empty(1, dtype=torch.bfloat16, device="meta")
+    assert memory.samples_at_once(model, torch.Size((4, 16, 1590, 1152)), like, model.planned_bytes()) == 4
+
+
 class FakeArena:
     BESIDE = 384 << 20
 

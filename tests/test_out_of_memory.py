@@ -163,6 +163,35 @@ def test_a_run_in_a_tables_pieces_is_the_same_to_rounding(trainer, tmp_path, mon
         assert (mine.cpu() - whole[1][name]).abs().max() <= 1e-4
 
 
+def test_passes_that_are_chosen_are_the_same_to_rounding(trainer, tmp_path, monkeypatch, whole):  # noqa: F811
+    """Nothing ran out of memory; a batch that does runs in halves of what it ran at once."""
+    from stdit_fast.model.stdit2 import STDiT2
+
+    asked, most = [], 2
+    monkeypatch.setattr(STDiT2, "samples_at_once", lambda self, shape, held: asked.append(shape) or most)
+    chosen = trainer("chosen", **CHANGES | {"split_batches": "true"})
+    chosen.train()
+    assert asked and len(asked) == len(set(asked)) and chosen.last_parts == 2
+    assert chosen.pieces.count == 0 and chosen.pieces.limits == {}
+    for mine, other in zip(losses(tmp_path / "chosen"), whole[0], strict=True):
+        assert mine == pytest.approx(other, rel=2e-4), (mine, other)
+    for name, mine in zip(chosen.state.names, chosen.optimizer.masters, strict=True):
+        assert (mine.cpu() - whole[1][name]).abs().max() <= 1e-4
+    fixed = trainer("fixed", **CHANGES | {"split_batches": "true", "grad_checkpoint": 1, "steps": 1})
+    plain = trainer("plain", **CHANGES | {"steps": 1})
+    count = len(asked)
+    fixed.train(), plain.train()
+    assert len(asked) == count, "a number of blocks was asked for, or nothing"
+
+
+def test_half_of_what_ran_at_once_is_less_than_was_chosen():
+    pieces = Pieces()
+    assert [part.stop - part.start for part in pieces.of(VIDEO, 7, at_once=3)] == [2, 2, 3]
+    assert pieces.halve(VIDEO, 7, 3) and pieces.limits == {"240p-16": 2}
+    assert len(pieces.of(VIDEO, 7, at_once=3)) == 4
+    assert pieces.halve(VIDEO, 7, 1) is False
+
+
 def test_gradients_may_leave_in_the_last_pass_of_a_step_alone(trainer, monkeypatch):  # noqa: F811
     """Whether it is of a batch or of the last of its pieces, and again where the passes of a step begin anew."""
     fail_above(monkeypatch, most=1)

@@ -267,6 +267,8 @@ class TrainConfig:
         ema_decay: of the averaged weights; 0: none are kept.
         grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
             GPU's memory), false, true (all blocks), or a number of blocks.
+        split_batches: with "auto", a batch runs in several passes over fewer samples where these are estimated to be
+            faster than to recompute blocks, unless a table of batch sizes says how. Not tried as a whole on a GPU yet.
         encode_ahead: online encoders work on the next batch while the GPU still has this step's work, on a stream of
             their own. The same numbers; costs memory, and gains nothing where it was measured (docs/kernels.md).
         overlap_communication: with "zero2" on several ranks, gradients travel while the backward pass goes on, and
@@ -274,7 +276,7 @@ class TrainConfig:
             it is there for slower networks, where it has not been measured.
         cuda_graphs: run the blocks of small buckets as CUDA graphs on a GPU, once a bucket has come back twice.
         share_memory: CUDA graphs and ordinary steps take turns in the same memory: "auto" (on one GPU), true (on any
-            number, and from the second step on, whether there are graphs or not: neither has run on a GPU yet), false.
+            number, and from the second step on, whether there are graphs or not: not tried on several GPUs), false.
         expandable_segments: GPU memory is held in segments that grow and shrink, which buckets of many sizes do not
             divide into gaps: "auto" (on one GPU), true (on any number), false (as PyTorch does). PYTORCH_ALLOC_CONF
             decides where it is set.
@@ -319,6 +321,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
     grad_checkpoint: bool | int | typing.Literal["auto"] = "auto"
+    split_batches: bool = False
     encode_ahead: bool = False
     overlap_communication: bool = False
     cuda_graphs: bool = True

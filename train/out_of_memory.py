@@ -1,5 +1,7 @@
 """Batches that do not fit into the GPU's memory: they run in pieces, now and for the rest of the run.
 
+So do those for which a table of batch sizes, or an estimate (`STDiT2.samples_at_once`), says that it is faster.
+
 Samples of a batch do not depend on each other, so that the gradients of its pieces, each weighed by its share of the
 samples, add up to those of the whole, to rounding. The batch stays what the sampler made it: order, weights and what a
 resumed run sees do not change.
@@ -30,22 +32,23 @@ class Pieces:
         """Whether a bucket has run out of memory."""
         return _name(bucket) in self.limits
 
-    def of(self, bucket: Bucket, samples: int, planned: bool = True) -> list[slice]:
+    def of(self, bucket: Bucket, samples: int, planned: bool = True, at_once: int | None = None) -> list[slice]:
         """The parts of a batch of so many samples, which are of about equal size.
 
         Args:
             planned: whether the pieces of a table of batch sizes count too.
+            at_once: at most so many samples, whatever is known otherwise.
         """
-        most = self.limits.get(_name(bucket), samples)
+        most = min(self.limits.get(_name(bucket), samples), at_once or samples)
         if planned and bucket.pieces > 1:
             most = min(most, bucket.at_once)
         number = -(-samples // most)
         bounds = [samples * i // number for i in range(number + 1)]
         return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
-    def halve(self, bucket: Bucket, samples: int) -> bool:
+    def halve(self, bucket: Bucket, samples: int, at_once: int | None = None) -> bool:
         """Lowers the limit to half of what a batch ran at once; False where that was a single sample."""
-        largest = max(part.stop - part.start for part in self.of(bucket, samples))
+        largest = max(part.stop - part.start for part in self.of(bucket, samples, at_once=at_once))
         if largest == 1:
             return False
         self.limits[_name(bucket)] = -(-largest // 2)

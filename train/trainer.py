@@ -116,6 +116,9 @@ class Trainer:
             gc.collect()
             torch.cuda.empty_cache()
         self.optimizer.make_state()
+        self._held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
+        self.last_parts = 1  # of the last batch
+        self._chosen: dict[torch.Size, int] = {}  # how many samples of a batch of that shape run at once
 
     # -------------------------------------------------------------- the loop
 
@@ -295,7 +298,7 @@ class Trainer:
                     f"of which {shared} ranks share a batch, so that it cannot be run in pieces. Use a smaller batch "
                     "size for this bucket, or more ranks to share it (sequence_parallel)"
                 ) from error
-            if not self.pieces.halve(bucket, samples):
+            if not self.pieces.halve(bucket, samples, self._at_once(batch)):
                 raise
         # Out here, where the exception no longer holds what its frames had.
         own["out_of_memory"] += 1
@@ -315,7 +318,8 @@ class Trainer:
         """
         bucket, samples = self.data.buckets[batch["bucket"]], len(batch["samples"])
         shared = batch["request"].parts > 1
-        parts = self.pieces.of(bucket, samples, planned=not shared)
+        parts = self.pieces.of(bucket, samples, planned=not shared, at_once=self._at_once(batch))
+        self.last_parts = len(parts)
         if self.config.grad_checkpoint == "auto" and bucket.checkpointed is not None:
             as_measured = not shared and not self.pieces.lowered(bucket)
             self.state.model.set_checkpointing(bucket.checkpointed if as_measured else "auto")
@@ -331,6 +335,17 @@ class Trainer:
             sums += torch.stack([losses[k].detach().mean() for k in ("loss", "mse", "vb")]).double() * weight
         own["truncated"] += (self.text_encoder.truncated - already_truncated) / batch["request"].parts
         return sums
+
+    def _at_once(self, batch: dict) -> int:
+        """How many samples to run at once, as far as that is chosen before memory runs out."""
+        bucket, shape = self.data.buckets[batch["bucket"]], batch["noise"].shape
+        wanted = self.config.split_batches and self.config.grad_checkpoint == "auto"
+        if not wanted or bucket.checkpointed is not None or batch["request"].parts > 1:
+            return shape[0]
+        if shape not in self._chosen:
+            self.state.model.set_checkpointing("auto")  # a bucket before this one may have had a number
+            self._chosen[shape] = self.state.model.samples_at_once(shape, self._held)
+        return self._chosen[shape]
 
     def _free_memory(self) -> None:
         """Gives back what nothing needs, the CUDA graphs' own memory too: they are captured anew as buckets come."""

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from stdit_fast.model import disposal
 
 _SMALL = 1 << 19  # what the allocator takes from small pieces of memory, 2 MiB each, which it keeps apart
-_USABLE = 0.96  # of its bytes: pieces of many sizes come and go
 _PROBE = 64 << 20
 
 
@@ -40,10 +39,11 @@ class Arena:
         RuntimeError: the allocator has been told not to divide large pieces (max_split_size_mb).
     """
 
+    USABLE = 0.96  # of its bytes: pieces of many sizes come and go
     BESIDE = 384 << 20  # bytes of small pieces, beside `size`: statistics of rows, some 100 MB for 110,000 tokens
 
     def __init__(self, device: torch.device, size: int = 0):
-        self.device, self.size, self.usable = device, size, _USABLE * size
+        self.device, self.size, self.usable = device, size, self.USABLE * size
         self.stream = torch.cuda.current_stream(device)
         disposal.destroy_retired()
         self._pool = torch.cuda.MemPool()

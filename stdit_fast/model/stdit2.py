@@ -33,7 +33,13 @@ from stdit_fast.model.embeddings import (
     position_embedding,
 )
 from stdit_fast.model.graphs import BlockGraphs
-from stdit_fast.model.memory import blocks_to_checkpoint, room_for_activations, training_bytes
+from stdit_fast.model.memory import (
+    blocks_to_checkpoint,
+    gradient_bytes,
+    room_for_activations,
+    samples_at_once,
+    training_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -583,6 +589,22 @@ class STDiT2(PreTrainedModel):
         if self.graphs is not None:
             self.graphs.release()
         self.graphs = BlockGraphs(self, early) if wanted else None
+
+    def samples_at_once(self, shape: torch.Size, held: int) -> int:
+        """How many samples of a batch to run at once where "auto" recomputes what does not fit: fewer passes recompute.
+
+        Args:
+            shape: [B, C_in, T, H, W] of the batch's latents.
+            held: bytes that training holds on the GPU beside activations and gradients.
+        """
+        weight = self.x_embedder.proj.weight
+        if not weight.is_cuda or self.checkpointed_blocks != "auto":
+            return shape[0]
+        rows, columns = (-(-size // p) for size, p in zip(shape[3:], self.config.patch_size[1:], strict=True))
+        tokens = torch.Size((shape[0], shape[2], rows * columns, self.config.hidden_size))
+        gradients = gradient_bytes(self)  # and CUDA graphs' own
+        held = max(held + gradients, self.planned_bytes()) + gradients
+        return samples_at_once(self, tokens, weight, held)
 
     def _has_graph(self, tokens: Tensor, modulation: Tensor) -> bool:
         """Whether a graph of this bucket was captured, and no number of blocks to recompute was asked for."""

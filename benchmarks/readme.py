@@ -166,8 +166,12 @@ def optimizer_table(path: Path) -> str:
     return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.optimizer`"])
 
 
-def train_step_table(path: Path) -> str:
-    """Markdown: a row for each case of the train_step suite, split into the parts of a step."""
+def train_step_table(path: Path, options: str = "") -> str:
+    """Markdown: a row for each case of the train_step suite, split into the parts of a step.
+
+    Args:
+        options: of the command that made them.
+    """
     parts = ("data", "autoencoder", "text encoder")
     rows = [
         "| case | step, ms (low to high) | waiting for data | autoencoder | text encoder | transformer "
@@ -183,7 +187,7 @@ def train_step_table(path: Path) -> str:
         cells = [f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})", *(f"{ms:.1f}" for ms in times)]
         cells += [f"{r['notes']['transformer_share']:.1%}", f"{r['peak_gib']:.1f}"]
         rows.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.train_step`"])
+    return "\n".join([*rows, "", _machine(records), "", f"`python -m stdit_fast.benchmarks.train_step{options}`"])
 
 
 def loading_table(path: Path) -> str:
@@ -354,6 +358,7 @@ def tables() -> dict[str, str]:
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "train_step h200": train_step_table(results / "train_step.jsonl"),
+        "train_step_mixed h100": train_step_table(h100 / "train_step_mixed.jsonl", " --mixed"),
         "loading h100": loading_table(h100 / "loading.jsonl"),
         "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
         "scaling h200": scaling_table(results / "scaling.jsonl"),

@@ -236,7 +236,7 @@ def run_kind(kind: str, cases: list[str], rows: dict[str, range], config: TrainC
                 trainer.train_step(timed_batches)
                 parts.step_ends()
                 if i >= WARMUP:
-                    seen[case].add(trainer, requests[case][i])
+                    seen[case].add(trainer)
             if i + 1 >= WARMUP + LEAST_STEPS and time.perf_counter() - begun > args.seconds * len(group):
                 break
         for number, case in enumerate(group):
@@ -256,11 +256,11 @@ class Seen:
     peak: int = 0  # bytes
     recomputed: int = 0  # blocks, at most
     graphs: int = 0  # steps that ran as CUDA graphs
-    parts: int = 1  # of a batch that ran out of memory, at most
+    parts: int = 1  # in which a batch ran, at most
 
-    def add(self, trainer: Trainer, request: BatchRequest) -> None:
+    def add(self, trainer: Trainer) -> None:
         model = trainer.state.model
-        self.parts = max(self.parts, len(trainer.pieces.of(trainer.data.buckets[request.bucket], len(request.samples))))
+        self.parts = max(self.parts, trainer.last_parts)
         if torch.cuda.is_available():
             beside = 0 if model.graphs is None else model.graphs.pool_bytes
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() + beside)

@@ -343,19 +343,19 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     channels = training.bare.config.hidden_size
     positions = -(-(bucket.height // 8) // 2) * -(-(bucket.width // 8) // 2)
     dtype = next(training.bare.parameters()).dtype
-    u = torch.randn(1, frames.stop - frames.start, positions, channels, dtype=dtype, device=training.device)
+    u = torch.randn((frames.stop - frames.start) * positions, channels, dtype=dtype, device=training.device)
     switch = FrameSwitch(group, bucket.num_frames, chunks=1)
     times = []
     for i in range(3 + 10):
         training.processes.barrier()
         training._finish()
         started = time.perf_counter()
-        switch.there_and_back(u)
+        switch.there_and_back(u, positions)
         training._finish()
         times += [1000 * (time.perf_counter() - started)] if i >= 3 else []
     own = bounds(positions, group.size)[1] / positions
     sent = 2 * u.numel() * u.element_size()
-    notes = {"units_a_token": 2, "bytes_to_others": round(sent * (1 - own)), "tokens_per_gpu": u.shape[1] * positions}
+    notes = {"units_a_token": 2, "bytes_to_others": round(sent * (1 - own)), "tokens_per_gpu": len(u)}
     return Record.of_times(
         "scaling", case, f"{group.size} GPUs, all-to-alls of a block", times, bytes=sent, notes=notes
     )

@@ -7,6 +7,8 @@ Tokens come in groups that share a row of shift, scale and gate: a frame, or a w
 differ. A program walks over some rows of one group, so that the modulation is read once; in the backward pass it
 keeps the sums over its rows that become the gradients of shift, scale, gate and bias, writes them as partial sums,
 and `_sum_partials` adds those in a fixed order: no atomics, the same bits every time.
+
+u, or o, may lie in another order than x: as it travels to other GPUs (`places`). Then no pass brings it into order.
 """
 
 from functools import lru_cache
@@ -84,11 +86,15 @@ def forward(
     scale: Tensor | None,
     groups: int,
     eps: float,
+    o_places: Tensor | None = None,
+    u_places: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(x_new, u, stats) of contiguous x and o [..., C]; what does not apply is None.
 
     Args:
         bias: [C]; gate, shift, scale: [groups, C], the rows at any stride.
+        o_places, u_places: int32 [S, 2], contiguous: position s of the f-th frame of all samples is row
+            places[s, 0] + f * places[s, 1] of o, or of u, which are [rows, C]; None: as in x.
 
     Returns:
         x_new, u as x; stats [rows, 2] float32: mean and 1/std of each row of x_new.
@@ -99,10 +105,11 @@ def forward(
     first, rest = split(channels)
     has_norm = shift is not None
     x_new = torch.empty_like(x) if o is not None else None
-    u = torch.empty_like(x) if has_norm else None
+    u = torch.empty_like(x if u_places is None else x.view(-1, channels)) if has_norm else None
     stats = torch.empty(count, 2, dtype=torch.float32, device=x.device) if has_norm else None
     launch(
-        _residual_norm_forward, groups * plan.chunks, x, o, bias, gate, shift, scale, x_new, u, stats,
+        _residual_norm_forward, groups * plan.chunks,
+        x, o, bias, gate, shift, scale, x_new, u, stats, o_places, u_places, _positions(o_places, u_places),
         plan.group_size, plan.chunks, plan.tiles, _row_stride(gate), _row_stride(shift), _row_stride(scale), eps,
         C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
         HAS_BRANCH=o is not None, HAS_BIAS=bias is not None, HAS_GATE=gate is not None, HAS_NORM=has_norm,
@@ -137,14 +144,16 @@ def backward(
     scale: Tensor | None,
     groups: int,
     remake_u: bool,
+    o_places: Tensor | None = None,
+    u_places: Tensor | None = None,
 ) -> Gradients:
     """The gradients from those of x_new and of u; either may be None.
 
     o is read where there is a gate, for its gradient. Without a norm (scale None), du is a second gradient of x_new.
     `remake_u` also returns u, which the gradient of a weight behind it needs, and which is cheaper to make again in
-    this pass than to keep.
+    this pass than to keep. With places as in `forward`, o and its gradient, or du, lie as they say; u then does too.
     """
-    like = du if du is not None else dx_new
+    like = next(given for given in (x_new, du, dx_new) if given is not None)  # in the order of tokens
     channels = like.shape[-1]
     plan = _plan(groups, like, "backward", gate is not None or bias is not None)
     first, rest = split(channels)
@@ -153,8 +162,8 @@ def backward(
     has_dx = has_norm or (du is not None and dx_new is not None)
     dx = torch.empty_like(like) if has_dx else None
     # Without a gate the branch's gradient is x's.
-    d_o = torch.empty_like(like) if gate is not None else None
-    u = torch.empty_like(like) if remake_u else None
+    d_o = torch.empty_like(o) if gate is not None else None
+    u = torch.empty_like(du) if remake_u else None
     programs = groups * plan.chunks
     modulations = 2 * has_norm + (gate is not None)
     kinds = modulations + (bias is not None)
@@ -163,6 +172,7 @@ def backward(
         launch(
             _residual_norm_backward, programs,
             dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
+            o_places, u_places, _positions(o_places, u_places),
             plan.group_size, plan.chunks, plan.tiles, _row_stride(gate), _row_stride(shift), _row_stride(scale),
             C=channels, FIRST=first, REST=rest, ROWS=plan.rows, STAGES=plan.stages,
             HAS_DX_NEW=dx_new is not None, HAS_DU=du is not None,
@@ -208,6 +218,10 @@ def sum_rows(x: Tensor, dtype: torch.dtype, parts: int | None = None) -> Tensor:
     return out
 
 
+def _positions(*places: Tensor | None) -> int:
+    return next((len(own) for own in places if own is not None), 0)
+
+
 def _row_stride(modulation: Tensor | None) -> int:
     return 0 if modulation is None else modulation.stride(0)
 
@@ -224,9 +238,21 @@ def _tile(pointer, offsets, mask):
     return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["group_size", "chunks", "tiles"])
+@triton.jit
+def _placed(places, token, positions):
+    """The rows of tokens where `places` says so."""
+    if places is None:
+        row = token
+    else:
+        flat = token.to(tl.int32)  # a division of 32 bits is much cheaper
+        at = places + (flat % positions) * 2
+        row = tl.load(at).to(tl.int64) + (flat // positions).to(tl.int64) * tl.load(at + 1)
+    return row
+
+
+@triton.jit(do_not_specialize=["positions", "group_size", "chunks", "tiles"])
 def _residual_norm_forward(
-    x, o, bias, gate, shift, scale, x_new, u, stats,
+    x, o, bias, gate, shift, scale, x_new, u, stats, o_places, u_places, positions,
     group_size, chunks, tiles, gate_stride, shift_stride, scale_stride, eps,
     C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -264,13 +290,14 @@ def _residual_norm_forward(
         mask_a = row_in[:, None] & a_in[None, :]
         x_a = _tile(x, at_a, mask_a)
         if HAS_BRANCH:
-            o_a = _tile(o, at_a, mask_a)
+            o_row = _placed(o_places, token, positions)
+            o_a = _tile(o, o_row[:, None] * C + a[None, :], mask_a)
         if REST > 0:
             at_b = token[:, None] * C + b[None, :]
             mask_b = row_in[:, None] & b_in[None, :]
             x_b = _tile(x, at_b, mask_b)
             if HAS_BRANCH:
-                o_b = _tile(o, at_b, mask_b)
+                o_b = _tile(o, o_row[:, None] * C + b[None, :], mask_b)
         if HAS_BRANCH:
             # Multiplied and added in one rounding whatever else is in this kernel: a block that is checkpointed takes
             # another of its forms, and must give the same bits.
@@ -310,8 +337,11 @@ def _residual_norm_forward(
             rstd = tl.rsqrt(square / C + eps)
             tl.store(stats + token * 2, mean, mask=row_in)
             tl.store(stats + token * 2 + 1, rstd, mask=row_in)
+            u_row = _placed(u_places, token, positions)
+            at_a = u_row[:, None] * C + a[None, :]
             tl.store(u + at_a, (x_a * rstd[:, None] * scale_a + shift_a).to(dtype), mask=mask_a)
             if REST > 0:
+                at_b = u_row[:, None] * C + b[None, :]
                 tl.store(u + at_b, (x_b * rstd[:, None] * scale_b + shift_b).to(dtype), mask=mask_b)
 
 
@@ -327,9 +357,9 @@ def _incoming(dx_new, du, at, mask, HAS_DX_NEW: tl.constexpr, HAS_DU: tl.constex
     return total
 
 
-@triton.jit(do_not_specialize=["group_size", "chunks", "tiles"])
+@triton.jit(do_not_specialize=["positions", "group_size", "chunks", "tiles"])
 def _residual_norm_backward(
-    dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials,
+    dx_new, du, x_new, stats, o, bias, gate, shift, scale, dx, d_o, u, partials, o_places, u_places, positions,
     group_size, chunks, tiles, gate_stride, shift_stride, scale_stride,
     C: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr,
@@ -376,23 +406,26 @@ def _residual_norm_backward(
         if HAS_NORM:
             mean = tl.load(stats + token * 2, mask=row_in, other=0.0)[:, None]
             rstd = tl.load(stats + token * 2 + 1, mask=row_in, other=0.0)[:, None]
-            du_a = _tile(du, at_a, mask_a)
+            u_row = _placed(u_places, token, positions)
+            u_at_a = u_row[:, None] * C + a[None, :]
+            du_a = _tile(du, u_at_a, mask_a)
             # Beyond the rows mean, rstd and du are 0, beyond the columns du is: nothing there enters a sum.
             hat_a = (_tile(x_new, at_a, mask_a) - mean) * rstd
             if HAS_DX_NEW:
                 dx_a = _tile(dx_new, at_a, mask_a)
             if REST > 0:
-                du_b = _tile(du, at_b, mask_b)
+                u_at_b = u_row[:, None] * C + b[None, :]
+                du_b = _tile(du, u_at_b, mask_b)
                 hat_b = (_tile(x_new, at_b, mask_b) - mean) * rstd
                 if HAS_DX_NEW:
                     dx_b = _tile(dx_new, at_b, mask_b)
             if REMAKE_U:
                 # Read here, not held in registers through the walk: it lies in the L1 cache.
                 shift_a = _row(shift + group * shift_stride, a, a_in)[None, :]
-                tl.store(u + at_a, (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
+                tl.store(u + u_at_a, (hat_a * scale_a + shift_a).to(dtype), mask=mask_a)
                 if REST > 0:
                     shift_b = _row(shift + group * shift_stride, b, b_in)[None, :]
-                    tl.store(u + at_b, (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
+                    tl.store(u + u_at_b, (hat_b * scale_b + shift_b).to(dtype), mask=mask_b)
             dshift_a += du_a
             dscale_a += du_a * hat_a
             du_a *= scale_a
@@ -430,13 +463,16 @@ def _residual_norm_backward(
             if REST > 0:
                 dsum_b += dx_b
         if HAS_GATE:
-            o_a = _tile(o, at_a, mask_a)
+            o_row = _placed(o_places, token, positions)
+            o_at_a = o_row[:, None] * C + a[None, :]
+            o_a = _tile(o, o_at_a, mask_a)
             dgate_a += dx_a * o_a
-            tl.store(d_o + at_a, (dx_a * gate_a).to(dtype), mask=mask_a)
+            tl.store(d_o + o_at_a, (dx_a * gate_a).to(dtype), mask=mask_a)
             if REST > 0:
-                o_b = _tile(o, at_b, mask_b)
+                o_at_b = o_row[:, None] * C + b[None, :]
+                o_b = _tile(o, o_at_b, mask_b)
                 dgate_b += dx_b * o_b
-                tl.store(d_o + at_b, (dx_b * gate_b).to(dtype), mask=mask_b)
+                tl.store(d_o + o_at_b, (dx_b * gate_b).to(dtype), mask=mask_b)
 
     # partials [kind, program, C]: shift, scale, gate, bias, those that are there.
     programs = tl.num_programs(0).to(tl.int64)

@@ -23,6 +23,9 @@ from stdit_fast.ops.residual_norm import (
     gate_residual_layer_norm_modulate_op,
     gate_residual_op,
     layer_norm_modulate_op,
+    put_into,
+    rows_of,
+    taken_from,
 )
 
 SHAPES = [(2, 3, 5, 72), (1, 2, 33, 8)] + ([(2, 2, 33, 1152)] if DEVICE == "cuda" else [(1, 1, 2, 1152)])
@@ -232,6 +235,9 @@ def test_registered_ops():
     torch.library.opcheck(gate_residual_op, (x, o, bias, row))
     torch.library.opcheck(gate_residual_op, (x, o, None, None))
     torch.library.opcheck(gate_residual_layer_norm_modulate_op, (x, o, bias, row, row, row, 1e-6))
+    places = travelling(*x.shape[:3], 2)
+    torch.library.opcheck(gate_residual_op, (x, o.flatten(0, 2), bias, row, places))
+    torch.library.opcheck(gate_residual_layer_norm_modulate_op, (x, o, bias, row, row, row, 1e-6, places))
     plain = [t.detach() for t in (x, o, bias, row)]
     x, o, bias, row = plain
     torch.library.opcheck(backward_op, (x, o, x, stats, o, bias, row, row, row, True))
@@ -240,3 +246,75 @@ def test_registered_ops():
     torch.library.opcheck(gelu_backward_op, (randn(5, 24), randn(5, 24)))
     torch.library.opcheck(gelu_input_gradient_op, (randn(5, 16), randn(16, 24), randn(5, 24)))
     torch.library.opcheck(column_sum_op, (randn(5, 16),))
+
+
+# ------------------------------------------------------------ rows in another order
+
+
+def travelling(batch: int, frames: int, positions: int, parts: int) -> torch.Tensor:
+    """Places [S, 2] of rows that lie as they leave for `parts` others."""
+    table, begun = torch.empty(positions, 2, dtype=torch.int32), 0
+    for part in torch.arange(positions).tensor_split(parts):
+        table[part, 0] = begun + torch.arange(len(part), dtype=torch.int32)
+        table[part, 1] = len(part)
+        begun += batch * frames * len(part)
+    return table.to(DEVICE)
+
+
+def test_places_are_an_order():
+    places = travelling(2, 3, 7, 3)
+    rows = rows_of(places, 6)
+    assert rows.sort().values.tolist() == list(range(42))
+    assert rows[:7].tolist() == [0, 1, 2, 18, 19, 30, 31] and rows[7:10].tolist() == [3, 4, 5]
+    x = randn(2, 3, 7, 8)
+    assert torch.equal(taken_from(put_into(x, places), places, x), x)
+
+
+@dtypes
+@per_frame
+@pytest.mark.parametrize("shape", [(2, 3, 7, 72), (1, 2, 33, 8)], ids=str)
+def test_a_norm_whose_rows_leave(shape, per_frame, dtype):
+    inputs = branch_inputs(shape, per_frame)
+    places = travelling(*shape[:3], 3)
+    fused = joined(ops.gate_residual_layer_norm_modulate, backend="fused", places=places)
+    check(fused, joined(joined_definition, places=places), inputs, dtype)
+
+
+@dtypes
+@per_frame
+@pytest.mark.parametrize("shape", [(2, 3, 7, 72), (1, 2, 33, 8)], ids=str)
+def test_a_branch_whose_rows_come_back(shape, per_frame, dtype):
+    weights = dict(weight=randn(24, shape[-1], seed=6, scale=0.1), bias=randn(24, seed=7))
+    inputs = branch_inputs(shape, per_frame) | weights
+    inputs["o"] = inputs["o"].flatten(0, 2)
+    del inputs["shift"], inputs["scale"]
+    places = travelling(*shape[:3], 2)
+
+    def placed(function, **fixed):
+        def call(x, o, gate, bias_o, **others):
+            return function(x, ops.Branch(o, gate, bias_o, places), **others, **fixed)
+
+        return call
+
+    check(placed(ops.gate_residual_linear, backend="fused"), placed(plain_definition), inputs, dtype)
+
+
+def test_the_same_bits_wherever_rows_lie():
+    given = branch_inputs((2, 3, 7, 72), True)
+    places, call = travelling(2, 3, 7, 3), joined(ops.gate_residual_layer_norm_modulate, backend="fused")
+    want, got = call(**given), call(**given, places=places)
+    assert torch.equal(got[0], want[0]) and torch.equal(taken_from(got[1], places, want[1]), want[1])
+
+
+def test_places_that_do_not_fit():
+    x, places = randn(1, 2, 4, 8), travelling(1, 2, 4, 2)
+    row = randn(1, 1, 8)
+    rows = x.flatten(0, 2)
+    with pytest.raises(ValueError, match="gate_residual_linear: places of a branch without a gate"):
+        ops.gate_residual_linear(x, ops.Branch(rows, None, None, places), randn(4, 8), randn(4))
+    with pytest.raises(ValueError, match="gate_residual_linear: places are torch.int64"):
+        ops.gate_residual_linear(x, ops.Branch(rows, row, None, places.long()), randn(4, 8), randn(4))
+    with pytest.raises(ValueError, match="modulated_linear: the branch has places"):
+        ops.modulated_linear(x, ops.Branch(rows, row, None, places), row, row, randn(4, 8), randn(4))
+    with pytest.raises(ValueError, match="gate_residual_layer_norm_modulate: places has shape"):
+        ops.gate_residual_layer_norm_modulate(x, ops.Branch(x, row), row, row, places=places[:3])

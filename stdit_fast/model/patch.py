@@ -147,7 +147,7 @@ class PatchedBlock(nn.Module):
         kv = kv.unflatten(-1, (2, cross.num_heads, cross.head_dim))
         cond = Conditioning(_layout(lengths, x.device), self._shared.rotation(T, x.device))
         x, branch = self._run(x.unflatten(1, (T, S)), None, self._modulation(t, t_tmp, t0, t0_tmp, x_mask), kv, cond)
-        return ops.gate_residual(x, *branch, backend=self.backend).flatten(1, 2)
+        return ops.gate_residual(x, *branch[:3], backend=self.backend).flatten(1, 2)
 
     def _modulation(self, t, t_tmp, t0, t0_tmp, x_mask) -> Tensor:
         """[B, 1 or T, 9, C]."""

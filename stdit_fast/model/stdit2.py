@@ -91,12 +91,23 @@ class FrameSwitch(Protocol):
 
     num_frames: int
 
+    def places(self, x: Tensor) -> Tensor:
+        """Where rows of u and of the result of `temporal` lie, for the frames x [B, T_own, S, C]; see `ops.Branch`."""
+
     def temporal(
-        self, u: Tensor, weight: Tensor, bias: Tensor, attention: Callable[[Tensor], Tensor], proj_weight: Tensor
+        self,
+        u: Tensor,
+        positions: int,
+        weight: Tensor,
+        bias: Tensor,
+        attention: Callable[[Tensor], Tensor],
+        proj_weight: Tensor,
     ) -> Tensor:
-        """linear(attention(linear(u))) of the frames u [B, T_own, S, C], where attention gets all T of some positions.
+        """linear(attention(linear(u))) of own frames, where attention gets all T of some positions: [B*T_own*S, C].
 
         Args:
+            u: [B*T_own*S, C], its rows where `places` says, as those of the result.
+            positions: S.
             weight, bias, proj_weight: of the two linear layers.
             attention: [B, T, s, 3*C] to [B, T, s, C], for any s.
         """
@@ -178,8 +189,8 @@ class STDiT2Block(nn.Module):
         o = ops.spatial_attention(_split_heads(qkv, attn), *norm_weights(attn), backend=backend)
         branch = ops.Branch(ops.projection(o, attn.proj.weight, backend=backend), gate, attn.proj.bias)
 
-        x, o = self._temporal(x, branch, temp_shift, temp_scale, cond)
-        branch = ops.Branch(o, temp_gate, self.attn_temp.proj.bias)
+        x, o, places = self._temporal(x, branch, temp_shift, temp_scale, cond)
+        branch = ops.Branch(o, temp_gate, self.attn_temp.proj.bias, places)
 
         x, q = ops.gate_residual_linear(x, branch, cross.q_linear.weight, cross.q_linear.bias, backend=backend)
         q = q.flatten(1, 2).unflatten(-1, (cross.num_heads, cross.head_dim))
@@ -193,29 +204,31 @@ class STDiT2Block(nn.Module):
 
     def _temporal(
         self, x: Tensor, branch: ops.Branch, shift: Tensor, scale: Tensor, cond: Conditioning
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream, and the temporal attention's output, projected but for the bias."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The residual stream; the temporal attention's output, projected but for the bias; and where its rows lie."""
         attn, backend = self.attn_temp, self.backend
         weight, bias, proj = attn.qkv.weight, attn.qkv.bias, attn.proj.weight
 
-        def attention(qkv: Tensor, held: Tensor | None = None) -> Tensor:
-            options = {"rotate_first": self.rotate_first, "bias": held, "backend": backend}
-            return ops.temporal_attention(_split_heads(qkv, attn), *norm_weights(attn), cond.rotation, **options)
-
-        if cond.switch is not None:
-            x, u = ops.gate_residual_layer_norm_modulate(x, branch, shift, scale, backend=backend)
-            return x, cond.switch.temporal(u, weight, bias, attention, proj)
-        if x.shape[1] == 1 and ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
+        if cond.switch is None and x.shape[1] == 1 and ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
             # The one frame of an image attends to itself: its value is the result, whatever q and k are.
             values = slice(2 * x.shape[-1], None)
             x, o = ops.modulated_linear(x, branch, shift, scale, weight[values], bias[values], backend=backend)
-            return x, ops.projection(ops.without_gradient(o, *norm_weights(attn)), proj, backend=backend)
+            return x, ops.projection(ops.without_gradient(o, *norm_weights(attn)), proj, backend=backend), None
         # Either finds the bias's gradient: the attention's kernel in passing, the linear layer by a pass of its own.
         held = None
         if ops.use_kernel("temporal_attention", backend, x, attn.head_dim):
             bias, held = bias.detach(), bias
+
+        def attention(qkv: Tensor) -> Tensor:
+            options = {"rotate_first": self.rotate_first, "bias": held, "backend": backend}
+            return ops.temporal_attention(_split_heads(qkv, attn), *norm_weights(attn), cond.rotation, **options)
+
+        if cond.switch is not None:
+            places = cond.switch.places(x)
+            x, u = ops.gate_residual_layer_norm_modulate(x, branch, shift, scale, places=places, backend=backend)
+            return x, cond.switch.temporal(u, x.shape[2], weight, bias, attention, proj), places
         x, qkv = ops.modulated_linear(x, branch, shift, scale, weight, bias, backend=backend)
-        return x, ops.projection(attention(qkv, held), proj, backend=backend)
+        return x, ops.projection(attention(qkv), proj, backend=backend), None
 
 
 def _split_heads(qkv: Tensor, attn: nn.Module) -> Tensor:

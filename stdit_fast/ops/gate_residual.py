@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from stdit_fast.ops import registry
-from stdit_fast.ops.residual_norm import Branch, check_branch, gate_residual_op, one_frame_count
+from stdit_fast.ops.residual_norm import Branch, check_branch, gate_residual_op, one_frame_count, taken_from
 
 NAME = "gate_residual"
 registry.declare(NAME, registry.triton_kernel)
@@ -37,7 +37,14 @@ def gate_residual(
     return definition(x, o, gate, bias)
 
 
-def definition(x: Tensor, o: Tensor, gate: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+def definition(
+    x: Tensor,
+    o: Tensor,
+    gate: Tensor | None = None,
+    bias: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    o = taken_from(o, places, x)
     if bias is not None:
         o = o + bias
     return x + (o if gate is None else gate.unsqueeze(2) * o)

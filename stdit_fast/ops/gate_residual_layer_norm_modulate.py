@@ -9,8 +9,10 @@ from stdit_fast.ops.residual_norm import (
     Branch,
     check_branch,
     check_norm,
+    expect_places,
     gate_residual_layer_norm_modulate_op,
     one_frame_count,
+    put_into,
 )
 
 NAME = "gate_residual_layer_norm_modulate"
@@ -18,7 +20,14 @@ registry.declare(NAME, registry.triton_kernel)
 
 
 def gate_residual_layer_norm_modulate(
-    x: Tensor, branch: Branch, shift: Tensor, scale: Tensor, eps: float = 1e-6, *, backend: str = "auto"
+    x: Tensor,
+    branch: Branch,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float = 1e-6,
+    places: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """x + gate * (o + bias), and LN of that * (1 + scale) + shift.
 
@@ -27,9 +36,10 @@ def gate_residual_layer_norm_modulate(
 
     Args:
         x: [B, T, S, C], the residual stream.
-        branch: what is to be added to it.
+        branch: what is to be added to it, in x's order.
         shift, scale: [B, 1, C] or [B, T, C], of the branch that follows.
         eps: added to the variance.
+        places: as of `Branch`: where rows of the modulated norm, then [B*T*S, C], are to lie; None: as x's.
         backend: see `registry.use_kernel`.
 
     Returns:
@@ -38,14 +48,17 @@ def gate_residual_layer_norm_modulate(
     Raises:
         ValueError: a shape that does not fit, or an empty x.
     """
-    check_branch(NAME, x, branch)
+    check_branch(NAME, x, branch, in_order=True)
     check_norm(NAME, x, shift, scale)
+    expect_places(NAME, x, places)
     if registry.use_kernel(NAME, backend, x, x.shape[-1]):
         gate, shift, scale = one_frame_count(NAME, x, branch.gate, shift, scale)
-        return gate_residual_layer_norm_modulate_op(x, branch.o, branch.bias, gate, shift, scale, eps)[:2]
-    return definition(x, branch, shift, scale, eps)
+        return gate_residual_layer_norm_modulate_op(x, branch.o, branch.bias, gate, shift, scale, eps, places)[:2]
+    return definition(x, branch, shift, scale, eps, places)
 
 
-def definition(x: Tensor, branch: Branch, shift: Tensor, scale: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+def definition(
+    x: Tensor, branch: Branch, shift: Tensor, scale: Tensor, eps: float = 1e-6, places: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     x = gate_residual_definition(x, *branch)
-    return x, layer_norm_modulate_definition(x, shift, scale, eps)
+    return x, put_into(layer_norm_modulate_definition(x, shift, scale, eps), places)

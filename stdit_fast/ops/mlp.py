@@ -89,10 +89,10 @@ def modulated_mlp(
     """
     check_norm(MODULATED_NAME, x, shift, scale)
     if branch is not None:
-        check_branch(MODULATED_NAME, x, branch)
+        check_branch(MODULATED_NAME, x, branch, in_order=True)
     _check_weights(MODULATED_NAME, x, fc1_weight, fc1_bias, fc2_weight)
     if registry.use_kernel(MODULATED_NAME, backend, x, *fc1_weight.shape, fc2_weight.shape[0]):
-        o, gate, bias_o = (None, None, None) if branch is None else branch
+        o, gate, bias_o = (None, None, None) if branch is None else branch[:3]
         gate, shift, scale = one_frame_count(MODULATED_NAME, x, gate, shift, scale)
         weights = (fc1_weight, fc1_bias, fc2_weight)
         return _ModulatedMlp.apply(x, o, gate, bias_o, shift, scale, *weights, eps, keep_activation)

@@ -62,10 +62,10 @@ def modulated_linear(
     """
     check_norm(NAME, x, shift, scale)
     if branch is not None:
-        check_branch(NAME, x, branch)
+        check_branch(NAME, x, branch, in_order=True)
     _check_linear(NAME, x, weight, bias)
     if registry.use_kernel(NAME, backend, x, x.shape[-1], weight.shape[0]):
-        o, gate, bias_o = (None, None, None) if branch is None else branch
+        o, gate, bias_o = (None, None, None) if branch is None else branch[:3]
         gate, shift, scale = one_frame_count(NAME, x, gate, shift, scale)
         return _ModulatedLinear.apply(x, o, gate, bias_o, shift, scale, weight, bias, eps)
     return definition(x, branch, shift, scale, weight, bias, eps)
@@ -155,17 +155,17 @@ class _ModulatedLinear(torch.autograd.Function):
 
 class _GateResidualLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, o, gate, bias_o, weight, bias):
+    def forward(ctx, x, o, gate, bias_o, places, weight, bias):
         ctx.set_materialize_grads(False)
-        x_new = gate_residual_op(x, o, bias_o, gate)
-        ctx.save_for_backward(x_new, o if gate is not None else None, gate, bias_o, weight)
+        x_new = gate_residual_op(x, o, bias_o, gate, places)
+        ctx.save_for_backward(x_new, o if gate is not None else None, gate, bias_o, places, weight)
         return x_new, F.linear(x_new, weight, bias)
 
     @staticmethod
     def backward(ctx, dx_new, dy):
-        x_new, o, gate, bias_o, weight = ctx.saved_tensors
+        x_new, o, gate, bias_o, places, weight = ctx.saved_tensors
         du = None if dy is None else dy @ weight
-        grads = branch_backward(dx_new, du, None, None, (o, gate, bias_o), None, None)
-        dweight = weight_gradient(dy, x_new, weight) if dy is not None and ctx.needs_input_grad[4] else None
-        dbias = bias_gradient(dy) if dy is not None and ctx.needs_input_grad[5] else None
-        return grads.dx, grads.d_o, grads.dgate, grads.dbias, dweight, dbias
+        grads = branch_backward(dx_new, du, None, None, (o, gate, bias_o), None, None, o_places=places)
+        dweight = weight_gradient(dy, x_new, weight) if dy is not None and ctx.needs_input_grad[5] else None
+        dbias = bias_gradient(dy) if dy is not None and ctx.needs_input_grad[6] else None
+        return grads.dx, grads.d_o, grads.dgate, grads.dbias, None, dweight, dbias

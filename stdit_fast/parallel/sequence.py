@@ -9,10 +9,14 @@ modulated input, before the projection that makes three of it, and the attention
 T and S need not be multiples of n: parts differ by one frame or position at most, and all-to-alls of unequal parts move
 what there is. So nothing is padded, and nothing needs a mask.
 
+Nothing is copied before or after a transfer of one sample. What makes the modulated input writes its rows in the order
+in which they leave (`FrameSwitch.places`), the projection behind works on rows in the order in which they come back, and
+what reads its result finds them there; backward likewise.
+
 Transfers overlap with computation:
 - backward, a projection's gradient of its input leaves first, and that of its weight is computed while it travels;
-- forward, a rank's positions are cut into chunks: one chunk is projected and attended to while the next one arrives
-  and the one before leaves.
+- a rank's positions are cut into chunks: one chunk is projected and attended to while the next one arrives and the one
+  before leaves.
 """
 
 from collections.abc import Callable, Iterator
@@ -59,54 +63,80 @@ class FrameSwitch:
         self.group, self.num_frames, self.chunks = group, num_frames, chunks
         self.frame_bounds = bounds(num_frames, group.size)
         self.frames = self.frames_of(group.rank)
+        self._places: dict[tuple, Tensor] = {}
 
     def frames_of(self, rank: int) -> slice:
         """The frames that a rank of the group has."""
         return part_of(self.num_frames, self.group.size, rank)
 
+    def places(self, x: Tensor) -> Tensor:
+        """The order in which rows travel, for own frames x [B, T/n, S, C]; see `ops.Branch`.
+
+        Chunk after chunk, and in it part after part for each rank: its positions of the first frame, of the second, ...
+        """
+        batch, own_frames, positions, _ = x.shape
+        check_split(self.group.size, self.num_frames, positions)
+        key = batch, positions, x.device
+        if key not in self._places:
+            table = torch.empty(positions, 2, dtype=torch.int32)
+            begun = 0
+            for part in (part for chunk in self._chunks(batch, positions) for part in chunk):
+                count = _length(part)
+                table[part, 0] = torch.arange(begun, begun + count, dtype=torch.int32)
+                table[part, 1] = count
+                begun += batch * own_frames * count
+            self._places[key] = table.to(x.device)
+        return self._places[key]
+
     def temporal(
-        self, u: Tensor, weight: Tensor, bias: Tensor, attention: Callable[[Tensor], Tensor], proj_weight: Tensor
+        self,
+        u: Tensor,
+        positions: int,
+        weight: Tensor,
+        bias: Tensor,
+        attention: Callable[[Tensor], Tensor],
+        proj_weight: Tensor,
     ) -> Tensor:
         """linear(attention(linear(u))) where attention sees all frames.
 
         Args:
-            u: [B, T/n, S, C], this rank's frames.
+            u: [B*T/n*S, C], this rank's frames, its rows where `places` says.
+            positions: S.
             weight, bias: of the first linear layer, [3*C, C] and [3*C].
             attention: [B, T, s, 3*C] to [B, T, s, C], for any number s of positions.
             proj_weight: [C, C] of the second linear layer, which has no bias here.
 
         Returns:
-            [B, T/n, S, C].
+            [B*T/n*S, C], its rows as those of u.
 
         Raises:
             ConfigError: fewer frames or positions than ranks.
         """
-        batch, frames, positions, channels = u.shape
-        check_split(self.group.size, self.num_frames, positions)
-        chunks = self._chunks(batch, positions)
-        there = [_Transfer(self, batch, channels, chunk) for chunk in chunks]
-        back = [_Transfer(self, batch, channels, chunk) for chunk in chunks]
+        there, back = self._passage(u, positions), self._passage(u, positions)
         arriving = _Depart.apply(u, there)
         leaving = []
-        for token, transfer, returning in zip(arriving, there, back, strict=True):
-            o = attention(_ArrivingLinear.apply(token, weight, bias, transfer))
-            leaving.append(_Return.apply(o, returning))
-        return _ReturnedLinear.apply(proj_weight, positions, back, *leaving)
+        for i, token in enumerate(arriving):
+            o = attention(_ArrivingLinear.apply(token, weight, bias, there, i))
+            leaving.append(_Return.apply(o, back, i))
+        return _ReturnedLinear.apply(proj_weight, back, *leaving)
 
     @torch.no_grad()
-    def there_and_back(self, u: Tensor) -> Tensor:
-        """u [B, T/n, S, C] through both all-to-alls, with nothing between them; it comes back as it was."""
-        out = torch.empty_like(u)
-        for chunk in self._chunks(u.shape[0], u.shape[2]):
-            there, back = (_Transfer(self, u.shape[0], u.shape[3], chunk) for _ in range(2))
-            there.send_columns(u)
-            back.send_frames(there.receive_all_frames())
-            back.receive_columns(out)
-        return out
+    def there_and_back(self, u: Tensor, positions: int) -> Tensor:
+        """u, as that of `temporal`, through both all-to-alls, with nothing between them; it comes back as it was."""
+        there, back = self._passage(u, positions), self._passage(u, positions)
+        there.send_columns(u)
+        for i in range(len(there.transfers)):
+            back.send_frames(i, there.transfers[i].receive_all_frames())
+        return back.receive_columns()
 
     def agree(self, count: int) -> int:
         """The largest of the group's counts: all ranks have to recompute the same blocks."""
         return self.group.largest(count)
+
+    def _passage(self, u: Tensor, positions: int) -> "_Passage":
+        check_split(self.group.size, self.num_frames, positions)
+        batch = len(u) // (_length(self.frames) * positions)
+        return _Passage(self, batch, u.shape[1], self._chunks(batch, positions))
 
     def _chunks(self, batch: int, positions: int) -> list[list[slice]]:
         """For each chunk, the positions of it that each rank has; all ranks have to see the same ones."""
@@ -138,63 +168,96 @@ class _Transfer:
     """One chunk's way from frames to positions, or back; it may go both ways, forward and backward.
 
     On the wire the parts for or from each rank stand one after the other. The transfer keeps them until they have
-    arrived. Autograd's functions hand each other empty tensors, tokens, that stand for them: where parts are unequal, a
-    gradient on its way has another size than its value had.
+    arrived.
+
+    Attributes:
+        rows: of the chunk, in the order of `FrameSwitch.places`.
     """
 
-    def __init__(self, switch: FrameSwitch, batch: int, channels: int, chunk: list[slice]):
+    def __init__(self, switch: FrameSwitch, batch: int, channels: int, chunk: list[slice], first_row: int):
         group = switch.group
-        self.group, self.batch, self.channels, self.columns = group, batch, channels, chunk
+        self.group, self.batch, self.channels = group, batch, channels
         self.all_frames = [stop - start for start, stop in pairwise(switch.frame_bounds)]
-        self.own_frames = self.all_frames[group.rank]
+        own_frames = self.all_frames[group.rank]
         self.own_positions = _length(chunk[group.rank])
         # What goes to, or comes from, each rank: its frames of some positions, or some frames of its positions.
-        self.by_columns = [batch * self.own_frames * _length(c) * channels for c in chunk]
+        self.by_columns = [batch * own_frames * _length(c) * channels for c in chunk]
         self.by_frames = [batch * frames * self.own_positions * channels for frames in self.all_frames]
+        self.rows = slice(first_row, first_row + sum(self.by_columns) // channels)
         self._work = self._sent = self._arriving = None
 
-    def send_columns(self, x: Tensor) -> Tensor:
-        """Sends x [B, T/n, S, C] to those who have its positions; the token."""
-        packed = x.new_empty(sum(self.by_columns))
-        for part, c in zip(packed.split(self.by_columns), self.columns, strict=True):
-            part.view(self.batch, self.own_frames, -1, self.channels).copy_(x[:, :, c])
-        return self._send(packed, self.by_columns, self.by_frames)
+    def send_columns(self, rows: Tensor) -> Tensor:
+        """Sends the chunk's rows to those who have its positions; the token."""
+        sent = rows.contiguous().flatten()
+        return self._send(sent, sent.new_empty(sum(self.by_frames)), self.by_columns, self.by_frames)
 
-    def send_frames(self, x: Tensor) -> Tensor:
-        """Sends x [B, T, s, C] to those who have its frames; the token."""
+    def send_frames(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Sends x [B, T, s, C] to those who have its frames; the token. What comes from them goes to the chunk's rows."""
         if self.batch == 1:  # as it is
-            packed = x.contiguous().flatten()
+            sent = x.contiguous().flatten()
         else:
-            packed = x.new_empty(sum(self.by_frames))
-            for part, own in zip(packed.split(self.by_frames), x.split(self.all_frames, dim=1), strict=True):
+            sent = x.new_empty(sum(self.by_frames))
+            for part, own in zip(sent.split(self.by_frames), x.split(self.all_frames, dim=1), strict=True):
                 part.view_as(own).copy_(own)
-        return self._send(packed, self.by_frames, self.by_columns)
+        return self._send(sent, rows.flatten(), self.by_frames, self.by_columns)
 
-    def _send(self, packed: Tensor, sizes: list[int], sizes_back: list[int]) -> Tensor:
-        self._arriving, self._sent = packed.new_empty(sum(sizes_back)), packed  # what is sent lives until it has left
-        self._work = dist.all_to_all_single(
-            self._arriving, packed, sizes_back, sizes, group=self.group.device, async_op=True
-        )
-        return packed.new_empty(0)
+    def _send(self, sent: Tensor, arriving: Tensor, sizes: list[int], sizes_back: list[int]) -> Tensor:
+        self._arriving, self._sent = arriving, sent  # what is sent lives until it has left
+        self._work = dist.all_to_all_single(arriving, sent, sizes_back, sizes, group=self.group.device, async_op=True)
+        return sent.new_empty(0)
 
-    def _arrived(self) -> Tensor:
+    def arrive(self) -> Tensor:
+        """The device waits for what the other ranks have sent."""
         self._work.wait()  # which makes the device wait, not the CPU
         arrived, self._work, self._sent, self._arriving = self._arriving, None, None, None
         return arrived
 
     def receive_all_frames(self) -> Tensor:
         """What was sent by `send_columns`: [B, T, s, C]."""
-        parts = self._arrived()
+        parts = self.arrive()
         shape = (self.own_positions, self.channels)
         if self.batch == 1:
             return parts.view(1, sum(self.all_frames), *shape)
         sizes = zip(parts.split(self.by_frames), self.all_frames, strict=True)
         return torch.cat([part.view(self.batch, frames, *shape) for part, frames in sizes], dim=1)
 
-    def receive_columns(self, out: Tensor) -> None:
-        """What was sent by `send_frames`, into its positions of out [B, T/n, S, C]."""
-        for part, c in zip(self._arrived().split(self.by_columns), self.columns, strict=True):
-            out[:, :, c] = part.view(self.batch, self.own_frames, -1, self.channels)
+
+class _Passage:
+    """All chunks' ways from frames to positions, or back.
+
+    Autograd's functions hand each other empty tensors, tokens, that stand for chunks on their way: where parts are
+    unequal, a gradient has another size there than its value had.
+    """
+
+    def __init__(self, switch: FrameSwitch, batch: int, channels: int, chunks: list[list[slice]]):
+        self.transfers: list[_Transfer] = []
+        self.count = 0  # of rows
+        for chunk in chunks:
+            self.transfers.append(_Transfer(switch, batch, channels, chunk, self.count))
+            self.count = self.transfers[-1].rows.stop
+        self._returned: Tensor | None = None
+
+    def send_columns(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """All chunks of rows [N, C] set out to those who have their positions."""
+        return tuple(transfer.send_columns(rows[transfer.rows]) for transfer in self.transfers)
+
+    def send_frames(self, index: int, x: Tensor) -> Tensor:
+        """A chunk x [B, T, s, C] sets out to those who have its frames."""
+        if self._returned is None:
+            self._returned = x.new_empty(self.count, x.shape[-1])
+        transfer = self.transfers[index]
+        return transfer.send_frames(x, self._returned[transfer.rows])
+
+    def receive_columns(self) -> Tensor:
+        """All rows [N, C], when the chunks are back."""
+        for transfer in self.transfers:
+            transfer.arrive()
+        return self.take_rows()
+
+    def take_rows(self) -> Tensor:
+        """All rows [N, C], when each of the chunks has been waited for."""
+        rows, self._returned = self._returned, None
+        return rows
 
 
 def _length(part: slice) -> int:
@@ -202,73 +265,68 @@ def _length(part: slice) -> int:
 
 
 class _Depart(torch.autograd.Function):
-    """u [B, T/n, S, C] sets out to those who have its positions: a token for each chunk."""
+    """u [N, C] sets out to those who have its positions: a token for each chunk."""
 
     @staticmethod
-    def forward(ctx, u, transfers):
-        ctx.transfers = transfers
-        ctx.shape = u.shape
-        return tuple(transfer.send_columns(u) for transfer in transfers)
+    def forward(ctx, u, passage):
+        ctx.passage = passage
+        return passage.send_columns(u)
 
     @staticmethod
     def backward(ctx, *tokens):
-        du = tokens[0].new_empty(ctx.shape)
-        for transfer in ctx.transfers:
-            transfer.receive_columns(du)
-        return du, None
+        return ctx.passage.receive_columns(), None
 
 
 class _ArrivingLinear(torch.autograd.Function):
     """A chunk arrives with all frames and goes through the linear layer: [B, T, s, C_out]."""
 
     @staticmethod
-    def forward(ctx, token, weight, bias, transfer):
-        u = transfer.receive_all_frames()
+    def forward(ctx, token, weight, bias, passage, index):
+        u = passage.transfers[index].receive_all_frames()
         ctx.save_for_backward(u, weight)
-        ctx.transfer = transfer
+        ctx.passage, ctx.index = passage, index
         return F.linear(u, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):
         u, weight = ctx.saved_tensors
-        token = ctx.transfer.send_frames(dy @ weight)
+        token = ctx.passage.send_frames(ctx.index, dy @ weight)
         # While that travels:
         dweight = weight_gradient(dy, u, weight) if ctx.needs_input_grad[1] else None
         dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return token, dweight, dbias, None
+        return token, dweight, dbias, None, None
 
 
 class _Return(torch.autograd.Function):
     """The attention's output [B, T, s, C] sets out to those who have its frames: a token."""
 
     @staticmethod
-    def forward(ctx, o, transfer):
-        ctx.transfer = transfer
-        return transfer.send_frames(o)
+    def forward(ctx, o, passage, index):
+        ctx.transfer = passage.transfers[index]
+        return passage.send_frames(index, o)
 
     @staticmethod
     def backward(ctx, token):
-        return ctx.transfer.receive_all_frames(), None
+        return ctx.transfer.receive_all_frames(), None, None
 
 
 class _ReturnedLinear(torch.autograd.Function):
-    """All chunks are back, and go through the linear layer: [B, T/n, S, C]."""
+    """Chunks come back and go through the linear layer, one while the next is on its way: [N, C]."""
 
     @staticmethod
-    def forward(ctx, weight, positions, transfers, *tokens):
-        first = transfers[0]
-        o = tokens[0].new_empty(first.batch, first.own_frames, positions, first.channels)
-        for transfer in transfers:
-            transfer.receive_columns(o)
-        ctx.save_for_backward(o, weight)
-        ctx.transfers = transfers
-        return F.linear(o, weight)
+    def forward(ctx, weight, passage, *tokens):
+        y = tokens[0].new_empty(passage.count, weight.shape[0])
+        for transfer in passage.transfers:
+            torch.mm(transfer.arrive().view(-1, weight.shape[1]), weight.t(), out=y[transfer.rows])
+        ctx.save_for_backward(passage.take_rows(), weight)
+        ctx.passage = passage
+        return y
 
     @staticmethod
     def backward(ctx, dy):
         o, weight = ctx.saved_tensors
-        do = dy @ weight
         # The last chunk is the first that is taken up again.
-        tokens = [transfer.send_columns(do) for transfer in reversed(ctx.transfers)]
+        transfers = reversed(ctx.passage.transfers)
+        tokens = [transfer.send_columns(dy[transfer.rows] @ weight) for transfer in transfers]
         dweight = weight_gradient(dy, o, weight) if ctx.needs_input_grad[0] else None  # while those travel
-        return dweight, None, None, *tokens
+        return dweight, None, *reversed(tokens)

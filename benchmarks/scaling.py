@@ -12,7 +12,8 @@ inside ZeRO, and the average; XL/2 in bfloat16 with random weights and inputs, f
   do it twice: gradients and weights travel after they have computed, or meanwhile (overlap_communication).
 - long: 720p with 16 frames on one GPU, 16 * n frames on n, so that a GPU has the same number of tokens; the all-to-alls
   alone.
-- With --trace, one step of either is profiled, from which follows how long communication runs alone.
+- With --trace, one step of either is profiled, from which follows how long communication runs alone, and the kernels'
+  times are added up by name.
 - sample: one guided prediction of a video of 64 frames, as sampling makes them, by one GPU or shared by all.
 """
 
@@ -21,9 +22,10 @@ import gc
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.diffusion import IDDPM
 from stdit_fast.model.memory import training_reserve
 from stdit_fast.parallel import sequence
-from stdit_fast.parallel.processes import Processes, launch
+from stdit_fast.parallel.processes import Processes, end_after, launch
 from stdit_fast.parallel.sequence import FrameSwitch, bounds, part_of
 from stdit_fast.train.buckets import Bucket
 from stdit_fast.train.config import TrainConfig, make_buckets, parse
@@ -49,6 +51,7 @@ SAMPLED_FRAMES = 64
 STEPS = {"mix": 12, "long": 5, "sample": 3}
 ROUNDS = 2  # over the mix's steps
 OVERLAPPING = ", communication overlapping"
+COLLECTIVE_TIMEOUT = 180.0  # s; a rank may compile while the others wait
 WARMUP = {"mix": 1, "long": 2, "sample": 1}  # rounds of the mix's steps; steps of the others
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
 SIZES = ((720, 1280), (480, 854), (1080, 1920), (360, 640))
@@ -301,20 +304,29 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     bucket = Bucket("720p", FRAMES_A_RANK * parts, "0.56", args.height, args.width, 1.0, 1)
     training = Training(processes, [parts], args.depth)
     case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
-    default, warmup = sequence.TOKENS_FOR_TWO_CHUNKS, WARMUP["long"]
+    default, warmup = sequence.MOST_CHUNKS, WARMUP["long"]
     alone = training.reserve_alone()
-    variants = {"": (default, False, alone)}
+    plain = Variant(default, reserve=alone)
+    variants = {"": plain}
     if parts > 1:
         variants |= {
-            OVERLAPPING: (default, True, alone),
-            ", in one chunk": (2**62, False, alone),
-            ", recomputing as little as fits": (default, False, None),
+            OVERLAPPING: replace(plain, overlaps=True),
+            ", in one chunk": replace(plain, chunks=1),
+            f", in {2 * default} chunks": replace(plain, chunks=2 * default),
+            ", recomputing as little as fits": replace(plain, reserve=None),
         }
-    for name, (threshold, overlaps, reserve) in variants.items():
+        variants |= {f", NCCL in {n} CTAs": replace(plain, ctas=n) for n in args.ctas}
+    groups = None if parts == 1 else training.booster.plugin.sequence_groups
+    for name, variant in variants.items():
+        overlaps = variant.overlaps
         if parts > 1 and overlaps not in args.overlap:
             continue
-        sequence.TOKENS_FOR_TWO_CHUNKS = threshold
-        step = Step(bucket, parts, processes.rank, reserve)
+        if name and args.variants is not None and not any(part in name for part in args.variants):
+            continue
+        sequence.MOST_CHUNKS = variant.chunks
+        if variant.ctas:
+            groups.replace(parts, nccl_group(variant.ctas))
+        step = Step(bucket, parts, processes.rank, variant.reserve)
         training.run([step] * warmup, overlaps)
         seen = training.run([step] * (args.steps or STEPS["long"]), overlaps)
         times, tokens = [1000 * one.seconds for one in seen], seen[0].tokens
@@ -328,16 +340,16 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
         peak = torch.cuda.max_memory_allocated() / 2**30 if training.device.type == "cuda" else None
         impl = f"{parts} GPU{'s' * (parts > 1)}{name}"
         yield Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes)
+        if variant == plain and args.trace:
+            yield trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long-{parts}.json"))
         warmup = 1
     if parts > 1:
+        sequence.MOST_CHUNKS = default
         yield all_to_all_alone(training, bucket, case)
-        if args.trace:
-            sequence.TOKENS_FOR_TWO_CHUNKS, training.optimizer.overlaps = default, args.overlap[0]
-            yield trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long.json"))
 
 
 def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
-    """A block's two all-to-alls forward, with the copies before and after, and nothing to hide behind."""
+    """A block's two all-to-alls forward, with nothing to hide behind."""
     group = training.booster.plugin.sequence_groups[training.processes.world_size]
     frames = part_of(bucket.num_frames, group.size, group.rank)
     channels = training.bare.config.hidden_size
@@ -361,8 +373,34 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     )
 
 
+@dataclass(frozen=True)
+class Variant:
+    """How `long` shares a video.
+
+    Attributes:
+        chunks: at most.
+        overlaps: gradients and weights travel while something is computed.
+        reserve: as of `Step`.
+        ctas: thread blocks that NCCL may have for the all-to-alls; None: as many as it likes.
+    """
+
+    chunks: int
+    overlaps: bool = False
+    reserve: int | None = None
+    ctas: int | None = None
+
+
+def nccl_group(ctas: int) -> "torch.distributed.ProcessGroup":
+    """All ranks, of which NCCL's kernels have at most so many thread blocks."""
+    options = torch.distributed.ProcessGroupNCCL.Options()
+    options.config.max_ctas = ctas
+    return torch.distributed.new_group(backend="nccl", pg_options=options)
+
+
 def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path) -> Record:
     """Profiles one step on a rank's batch; rank 0 writes the kernels' intervals to `path`: their kind, starts and ends.
+
+    Beside it, as NAME-kernels.json, goes [name, count, ms of all] of each kernel, the longest first.
 
     Returns:
         On this rank: from the first kernel to the last one's end, and shares of it: communication, and while nothing
@@ -381,12 +419,18 @@ def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path)
     kernels = [e for e in on_device if not e.name.startswith("nccl:")]
     first = min(e.time_range.start for e in kernels)
     spans = {"communication": [], "computation": []}
+    by_name: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for e in kernels:
+        by_name[e.name][0] += 1
+        by_name[e.name][1] += (e.time_range.end - e.time_range.start) / 1000
         kind = "communication" if "nccl" in e.name.lower() else "computation"
         spans[kind].append(((e.time_range.start - first) / 1000, (e.time_range.end - first) / 1000))
     joined = {kind: merged(own) for kind, own in spans.items()}
     if training.processes.is_main:
         path.write_text(json.dumps(joined))
+        longest = sorted(by_name.items(), key=lambda entry: -entry[1][1])
+        table = [(name, count, round(ms, 4)) for name, (count, ms) in longest]
+        path.with_name(f"{path.stem}-kernels.json").write_text(json.dumps(table, indent=0))
     whole = max(end for own in joined.values() for _, end in own)
     busy = {kind: sum(end - start for start, end in own) for kind, own in joined.items()}
     either = sum(end - start for start, end in merged([*joined["communication"], *joined["computation"]]))
@@ -397,7 +441,8 @@ def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path)
         "sequence_parallel": parts,
         "overlaps": training.optimizer.overlaps,
     }
-    impl = f"{training.processes.world_size} GPUs, one of them traced"
+    world_size = training.processes.world_size
+    impl = f"{world_size} GPUs, one of them traced" if world_size > 1 else "1 GPU, traced"
     return Record.of_times("scaling", path.stem, impl, [whole], notes=notes)
 
 
@@ -467,11 +512,15 @@ def main() -> int:
     parser.add_argument(
         "--overlap", choices=["both", "yes", "no"], default="both", help="communication and computation"
     )
-    parser.add_argument("--trace", help="intervals of one step's kernels go to TRACE-mix.json, TRACE-long.json")
+    parser.add_argument("--variants", nargs="*", help="of long: those with one of these in their names; else all")
+    parser.add_argument("--ctas", type=int, nargs="*", default=[], help="thread blocks of NCCL to try in long")
+    parser.add_argument("--trace", help="intervals of one step's kernels go to TRACE-mix.json, TRACE-long-GPUS.json")
     parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--deadline", type=float, default=1800, help="seconds until a process that hangs ends")
     args = parser.parse_args()
     args.overlap = {"both": (False, True), "yes": (True,), "no": (False,)}[args.overlap]
-    processes = launch(seed=0)
+    end_after(args.deadline)
+    processes = launch(seed=0, timeout=COLLECTIVE_TIMEOUT)
     if args.trace and processes.device.type != "cuda":
         raise SystemExit("--trace: there is no GPU whose kernels could be traced")
     for what in dict.fromkeys(args.what):

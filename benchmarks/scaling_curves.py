@@ -4,15 +4,19 @@
 
 Runs of the training driver on the clips of tests/data, with the same videos in each step: on one GPU, one after the
 other; on all, each its own; and on all, shared by 2, 4, 8. The first two differ by the order of sums alone, which is
-the noise that the others are held to. FOLDER gets the logs, scaling_curves.png and scaling_curves.json. Needs two GPUs.
+the noise that the others are held to. FOLDER gets each run's metrics and what it wrote, as it goes; then
+scaling_curves.png and scaling_curves.json. Needs two GPUs. (Without any, it runs on as many CPU processes.)
 """
 
 import argparse
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +25,7 @@ from stdit_fast.benchmarks import curves
 from stdit_fast.benchmarks.records import device_name
 from stdit_fast.parallel.groups import SIZES
 
+GRACE = 20.0  # s between a launcher's end by SIGTERM and by SIGKILL
 SLACK = 2.0  # what is compared are single runs
 EXACT = "one GPU"
 BUCKETS = "{96p: {8: [0.5, 2], 16: [0.5, 1]}, 64p: {8: [0.5, 4], 16: [1.0, 2]}}"  # no images: all are shared
@@ -36,13 +41,34 @@ def runs_of(gpus: int) -> dict[str, tuple[int, dict]]:
     return runs
 
 
-def train(run: Path, steps: int, processes: int, settings: dict) -> np.ndarray:
-    """One run of the driver, its loss at each step."""
+def train(run: Path, log: Path, steps: int, processes: int, settings: dict, deadline: float) -> np.ndarray:
+    """One run of the driver, its loss at each step.
+
+    Args:
+        log: gets what it writes.
+        deadline: seconds that it may take.
+
+    Raises:
+        subprocess.CalledProcessError, subprocess.TimeoutExpired: it failed, or did not end; its processes have.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    with open(run.with_suffix(".log"), "w") as log:
-        arguments = curves.driver_arguments(run, steps, settings)
-        subprocess.run([*command, *arguments], check=True, stdout=log, stderr=subprocess.STDOUT)
+    # A rank that hangs is named well before the run has to end.
+    settings = {"hang_timeout": max(60.0, deadline / 2)} | settings
+    command += curves.driver_arguments(run, steps, settings)
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = launcher.wait(deadline)
+        except subprocess.TimeoutExpired:
+            launcher.terminate()  # it ends its workers
+            with suppress(subprocess.TimeoutExpired):
+                launcher.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            raise
+    if status:
+        raise subprocess.CalledProcessError(status, command)
     return curves.losses_of(run)
 
 
@@ -63,6 +89,7 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--clips", type=Path, default=Path("tests/data"))
+    parser.add_argument("--deadline", type=float, default=3600, help="seconds that the runs may take")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -71,19 +98,23 @@ def main() -> int:
         inputs = curves.make_inputs(args.clips, scratch) | {"buckets": BUCKETS}
         runs = runs_of(args.gpus)
         folders = {name: scratch / name.replace(" ", "_") for name in runs}
+        logs = {name: args.out / f"{folder.name}.log" for name, folder in folders.items()}
         with ThreadPoolExecutor() as pool:  # side by side: nothing is timed
             started = {
-                name: pool.submit(train, folders[name], args.steps, processes, inputs | options)
+                name: pool.submit(
+                    train, folders[name], logs[name], args.steps, processes, inputs | options, args.deadline
+                )
                 for name, (processes, options) in runs.items()
             }
-            failed = [name for name, run in started.items() if run.exception()]
-        for name in failed:
-            print(folders[name].with_suffix(".log").read_text()[-2000:], file=sys.stderr)
+            failed = {name: run.exception() for name, run in started.items() if run.exception()}
+        for folder in folders.values():
+            if (folder / "metrics.jsonl").is_file():  # also of runs that failed: how far they came
+                shutil.copy(folder / "metrics.jsonl", args.out / f"{folder.name}.jsonl")
+        for name, error in failed.items():
+            print(f"{name}: {error}", logs[name].read_text()[-2000:], sep="\n", file=sys.stderr)
         if failed:
             return 1
         losses = {name: run.result() for name, run in started.items()}
-        for folder in folders.values():
-            shutil.copy(folder / "metrics.jsonl", args.out / f"{folder.name}.jsonl")
     curves.plot(losses, EXACT, args.out / "scaling_curves.png")
     device = f"{args.gpus} x {device_name()}"
     return curves.write_verdict(compare(losses), args.out / "scaling_curves.json", device, args.steps)

@@ -2,8 +2,9 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -58,3 +59,32 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     size = want.double().norm()
     error = (got.detach().double() - want.double()).norm()
     return float(error / size if size > 0 else error)
+
+
+def run_in_time(command: list, seconds: float, environment: dict | None = None) -> str:
+    """Runs a launcher to its end and returns what it wrote; fails with that where it fails or takes longer.
+
+    What it started is ended with it: torchrun passes SIGTERM on to its workers.
+    """
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            output, _ = process.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.stdout.close()
+            output = "(nothing could be read of what it wrote)"
+        raise AssertionError(f"not done after {seconds} s\n{output}") from None
+    assert process.returncode == 0, output
+    return output

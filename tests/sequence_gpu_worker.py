@@ -1,11 +1,17 @@
-"""What each process of tests/test_sequence_parallel_gpu.py runs under torchrun, on a GPU of its own, in bfloat16.
+"""What each process of tests/test_sequence_parallel_gpu.py runs: torchrun ... sequence_gpu_worker.py FOLDER RUNS.
 
-Loss and gradients are held to plain PyTorch in float32 on one GPU: once computed whole by one process, with the same
+On GPUs, over NCCL, in bfloat16, with the kernels; without GPUs the same over gloo, in float32, in plain PyTorch. Loss
+and gradients are held to plain PyTorch in float32 in one process: once computed whole by one process, with the same
 kernels, and once by a group. Sums come in another order there, so they may differ, but not be further from the truth.
+
+RUNS is JSON: {name: the command line of a training run}. Processes write what they found into FOLDER/RANK.json. One
+that is still there after DEADLINE says where it is, and ends.
 """
 
+import gc
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,15 +21,26 @@ from torch import Tensor
 
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.diffusion import IDDPM
-from stdit_fast.parallel.processes import Processes, launch
+from stdit_fast.parallel.groups import SequenceGroups
+from stdit_fast.parallel.processes import Processes, end_after, launch
 from stdit_fast.parallel.sequence import FrameSwitch, split_frames
+
+ON_GPU = torch.cuda.is_available()
+DTYPE, BACKEND = (torch.bfloat16, "fused") if ON_GPU else (torch.float32, "reference")
+DEADLINE = 150 if ON_GPU else 280  # s
+COLLECTIVE_TIMEOUT = 90  # s; a process may compile kernels while the other waits
 
 # name: (samples, frames, height, width of the latents, masked, pieces of a rank's positions, blocks recomputed)
 CASES = {
     "even": (2, 16, 18, 32, False, 1, 0),
     "odd, chunks": (2, 13, 18, 30, True, 2, 0),  # 135 positions
-    "one sample, chunks, recomputed": (1, 9, 22, 30, True, 2, 2),
+    "one long sample, chunks, recomputed": (1, 33, 10, 14, True, 2, 2),  # 35 positions
 }
+VIDEO, IMAGE, CLIP = (1, 13, 18, 32, True), (3, 1, 18, 32, False), (1, 13, 10, 14, False)
+
+
+def say(text: str) -> None:
+    print(f"[{time.monotonic() - BEGUN:.1f} s, rank {dist.get_rank()}] {text}", file=sys.stderr, flush=True)
 
 
 def make_model(dtype: torch.dtype, backend: str) -> STDiT2:
@@ -35,13 +52,17 @@ def make_model(dtype: torch.dtype, backend: str) -> STDiT2:
         if p.count_nonzero() == 0:
             torch.nn.init.normal_(p, std=0.05)
         p.data = p.data.bfloat16().float()
-    return model.to("cuda", dtype)
+    return model.to(device(), dtype)
 
 
-def on_gpu(*case):
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+
+
+def on_device(*case):
     latents, t, noise, mask, arguments = make_inputs(*case)
-    arguments = {k: v if k == "mask" else v.cuda() for k, v in arguments.items()}
-    return latents.cuda(), t.cuda(), noise.cuda(), mask.cuda(), arguments
+    arguments = {k: v if k == "mask" else v.to(device()) for k, v in arguments.items()}
+    return *(value.to(device()) for value in (latents, t, noise, mask)), arguments
 
 
 def losses(model, inputs, frames: slice = slice(None), counted: Tensor | None = None) -> Tensor:
@@ -77,87 +98,130 @@ def shared_gradients(group, model, inputs, frames: int, chunks: int) -> tuple[Te
     return total, found
 
 
-def compare(group, name: str) -> dict:
+def computed_alone(name: str) -> dict:
+    """Loss and gradients of a case by one process: the truth, and with what groups compute with."""
+    *case, _, _ = CASES[name]
+    inputs, results = on_device(*case), {}
+    for kind, model in (("truth", make_model(torch.float32, "reference")), ("alone", make_model(DTYPE, BACKEND))):
+        loss = losses(model, inputs)
+        loss.mean().backward()
+        results[kind] = loss.detach(), gradients(model)
+    return results
+
+
+def compare(group, name: str, alone: dict) -> dict:
     *case, chunks, recomputed = CASES[name]
-    inputs = on_gpu(*case)
-    truth = make_model(torch.float32, "reference")
-    loss = losses(truth, inputs)
-    loss.mean().backward()
-    want = gradients(truth)
-    model = make_model(torch.bfloat16, "fused")
-    alone = losses(model, inputs)
-    alone.mean().backward()
+    inputs = on_device(*case)
+    (loss, want), (own_loss, own) = alone["truth"], alone["alone"]
+    model = make_model(DTYPE, BACKEND)
     model.set_checkpointing(recomputed)
-    alone_errors = errors(gradients(model), want)
     total, found = shared_gradients(group, model, inputs, case[1], chunks)
     again = shared_gradients(group, model, inputs, case[1], chunks)
     return {
-        "loss": [float((x.detach() - loss.detach()).norm() / loss.detach().norm()) for x in (alone, total)],
-        "gradients": [alone_errors, errors(found, want)],
+        "loss": [float((x - loss).norm() / loss.norm()) for x in (own_loss, total)],
+        "gradients": [errors(own, want), errors(found, want)],
         "repeats": torch.equal(total, again[0]) and all(torch.equal(found[k], again[1][k]) for k in found),
     }
 
 
+def batches_of(rank: int) -> list[tuple[tuple, int]]:
+    """(case, ranks that share it) of a rank's two batches: one that a pair shares, and images or a clip of its own."""
+    return [(VIDEO, 2), (CLIP if rank % 2 else IMAGE, 1)]
+
+
 def mixed_steps(processes: Processes) -> dict:
-    """Gradients inside ZeRO where the first two ranks share a video and the others have images, as CUDA graphs."""
-    import_booster()
+    """Gradients inside the optimizer of training where ranks share a video, then have batches of their own.
+
+    On GPUs that is ZeRO, and the latter are CUDA graphs from the third step on.
+    """
     from colossalai.booster import Booster
 
-    from stdit_fast.parallel.sequence_plugins import SequenceShardedPlugin
+    from stdit_fast.parallel.sequence_plugins import SequenceReplicatedPlugin, SequenceShardedPlugin
 
     rank, world_size = processes.rank, processes.world_size
-    video, image = (1, 9, 18, 32, True), (3, 1, 18, 32, False)
-    batches = [video] + [image] * (world_size - 2)
-    plugin = SequenceShardedPlugin(0.0, processes, [2])
-    model = make_model(torch.float32, "fused")
-    model.set_cuda_graphs(True)
+    plugin = (SequenceShardedPlugin if ON_GPU else SequenceReplicatedPlugin)(0.0, processes, [2])
+    model = make_model(torch.float32, BACKEND)
+    model.set_cuda_graphs(ON_GPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     wrapped, optimizer, *_ = Booster(plugin=plugin).boost(model, optimizer)
     bare = wrapped.unwrap()
 
     truth = make_model(torch.float32, "reference")
-    for case in batches:
-        (losses(truth, on_gpu(*case)).mean() / len(batches)).backward()
+    whole_batches = [VIDEO] * (world_size // 2) + [batches_of(other)[1][0] for other in range(world_size)]
+    for case in whole_batches:
+        (losses(truth, on_device(*case)).mean() / len(whole_batches)).backward()
     want = gradients(truth)
 
-    own = on_gpu(*(video if rank < 2 else image))
+    own = [(on_device(*case), case[1], parts) for case, parts in batches_of(rank)]
     worst, graphed, found = 0.0, False, []
     for overlaps in (False, True, True, True, False):  # the third is captured
-        parts = 2 if rank < 2 else 1
-        with plugin.local_gradients(wrapped), plugin.shared(bare, parts, own[0].shape[2], 5):
-            frames = slice(None) if bare.switch is None else bare.switch.frames
-            counted = None if bare.switch is None else own[3].sum(1).float()
-            loss = losses(wrapped, own, frames, counted).mean()
         optimizer.overlaps = overlaps
-        with optimizer.reducing():
-            optimizer.backward(loss * world_size / len(batches))
-        graphed = graphed or bare.last_graphed
+        gc.collect()  # none in a capture
+        for inputs, num_frames, parts in own:
+            with plugin.local_gradients(wrapped):
+                with plugin.shared(bare, parts, num_frames, 5):
+                    frames = slice(None) if bare.switch is None else bare.switch.frames
+                    counted = None if bare.switch is None else inputs[3].sum(1).float()
+                    loss = losses(wrapped, inputs, frames, counted).mean()
+                loss = loss * world_size / len(whole_batches)
+                if parts == 1:  # the last
+                    with optimizer.reducing():
+                        optimizer.backward(loss)
+                else:
+                    optimizer.backward(loss)
+            graphed = graphed or bare.last_graphed
         optimizer.reduce_gradients()
         whole = dict(zip(want, optimizer.gather(optimizer.gradients()), strict=True))
-        found.append(whole)
+        found.append({name: value.clone() for name, value in whole.items()})
         worst = max(worst, errors(whole, want)["all"])
         optimizer.zero_grad()
     same = all(torch.equal(g, found[-1][name]) for name, g in found[-2].items())
     return {"worst": worst, "graphed": graphed, "same_early": same}
 
 
-def import_booster() -> None:
-    from stdit_fast.parallel.processes import import_colossalai
+def train(arguments: list[str]) -> int:
+    """A run of the driver's trainer in these processes; the step at which it ended."""
+    from stdit_fast.train.config import parse
+    from stdit_fast.train.trainer import Trainer
 
-    import_colossalai()
+    gc.collect()  # CUDA graphs of before
+    trainer = Trainer(parse(arguments))
+    trainer.train()
+    return trainer.step
 
 
-def main(folder: Path) -> None:
-    processes = launch(0)
-    from stdit_fast.parallel.groups import SequenceGroups
-
+def main(folder: Path, runs: dict[str, list[str]]) -> None:
+    end_after(DEADLINE)
+    if not ON_GPU:
+        torch.set_num_threads(1)
+    processes = launch(0, COLLECTIVE_TIMEOUT)
+    say("launched")
     sizes = [n for n in (2, 4) if processes.world_size % n == 0]
     groups = SequenceGroups(processes, sizes)
-    result = {"cases": {f"{size}: {name}": compare(groups[size], name) for size in sizes for name in CASES}}
+    say("groups are connected")
+    # Each begins with another case, so that together they compile each kernel about once.
+    names = list(CASES)
+    start = processes.rank % len(names)
+    alone = {}
+    for name in names[start:] + names[:start]:
+        alone[name] = computed_alone(name)
+        say(f"{name}: alone")
+    result = {"cases": {}}
+    for size in sizes:
+        for name in names:
+            result["cases"][f"{size}: {name}"] = compare(groups[size], name, alone[name])
+            say(f"{name}: shared by {size}")
     result["mixed"] = mixed_steps(processes)
+    say("mixed steps")
+    result["runs"] = {}
+    for name, arguments in runs.items():
+        result["runs"][name] = train(arguments)
+        say(f"run {name}")
     (folder / f"{processes.rank}.json").write_text(json.dumps(result))
     processes.close()
 
 
+BEGUN = time.monotonic()
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

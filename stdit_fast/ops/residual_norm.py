@@ -21,8 +21,8 @@ class Branch(NamedTuple):
         o: [B, T, S, C], or [B*T*S, C] with its rows where `places` says.
         gate: [B, 1, C] or [B, T, C]; None for 1.
         bias: [C] of the linear layer that made o; None for 0. It is added here, where its gradient costs no pass.
-        places: int32 [S, 2], contiguous; None: o is in the order of x. The token at position s of frame t of sample b is
-            row places[s, 0] + (b*T + t) * places[s, 1] of o. Every row has one token. Needs a gate.
+        places: int32 [S, 2], contiguous; None: o is in the order of x. The token at position s of frame t of sample b
+            is row places[s, 0] + (b*T + t) * places[s, 1] of o. Every row has one token. Needs a gate.
     """
 
     o: Tensor

@@ -5,7 +5,7 @@ run starts, since every rank has to take part; which of them a step uses may cha
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -68,6 +68,10 @@ class SequenceGroups:
     def __getitem__(self, size: int) -> SequenceGroup:
         return self._groups[size]
 
+    def replace(self, size: int, device: dist.ProcessGroup) -> None:
+        """Has tensors of the group of that size travel in another process group of the same ranks."""
+        self._groups[size] = replace(self._groups[size], device=device)
+
     def _build(self, size: int) -> SequenceGroup:
         import_colossalai()
         from colossalai.cluster import ProcessGroupMesh
@@ -78,6 +82,8 @@ class SequenceGroups:
         if self.processes.device.type == "cuda":
             # ProcessGroupMesh would answer with the group of the same ranks that it has already.
             host = ProcessGroupMesh(world_size // size, size).get_group_along_axis(1, backend="gloo")
+        for group in (device, host):
+            self.processes.limit(group)
         # Connections are opened now, with their memory, and not in the middle of a step.
         values = torch.zeros(size, device=self.processes.device)
         dist.all_to_all_single(torch.empty_like(values), values, group=device)

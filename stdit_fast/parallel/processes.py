@@ -1,10 +1,12 @@
 """The processes of a run: who they are, and the one place that reads the launcher's environment."""
 
+import faulthandler
 import logging
 import os
 import socket
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -24,11 +26,13 @@ class Processes:
     Attributes:
         rank, world_size: place and number of the data-parallel processes.
         device: where this one computes.
+        timeout: seconds that a collective may take before it fails; None: PyTorch's own limits, of minutes.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    timeout: float | None = None
 
     @property
     def is_main(self) -> bool:
@@ -55,17 +59,28 @@ class Processes:
     def barrier(self) -> None:
         dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def limit(self, group: dist.ProcessGroup) -> None:
+        """Has collectives of the group fail after `timeout`."""
+        if self.timeout is None:
+            return
+        # PyTorch 2.11 has the older name alone, later ones warn of it.
+        limit = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        limit(timedelta(seconds=self.timeout), group)
+
     def close(self) -> None:
         """Ends the process group, when all processes have come here: gloo aborts one whose peers still write."""
         self.barrier()
         dist.destroy_process_group()
 
 
-def launch(seed: int) -> Processes:
+def launch(seed: int, timeout: float | None = None) -> Processes:
     """Starts the process group through ColossalAI, with what torchrun set, or alone without it.
 
     The group is NCCL on GPUs and gloo on the CPU. All processes are seeded alike, so that a model initialised
     here starts equal everywhere.
+
+    Args:
+        timeout: see `Processes`.
 
     Raises:
         ConfigError: ColossalAI is not installed.
@@ -80,7 +95,17 @@ def launch(seed: int) -> Processes:
             colossalai.launch_from_torch(seed=seed, verbose=False)
     torch.manual_seed(seed)
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    return Processes(dist.get_rank(), dist.get_world_size(), device)
+    processes = Processes(dist.get_rank(), dist.get_world_size(), device, timeout)
+    processes.limit(dist.group.WORLD)
+    return processes
+
+
+def end_after(seconds: float) -> None:
+    """Where this process is still there then, it says on stderr where each of its threads is, and ends.
+
+    It needs neither the interpreter nor a device, one of which may be what hangs. Called again, it begins anew.
+    """
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def import_colossalai():

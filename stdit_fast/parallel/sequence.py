@@ -10,8 +10,8 @@ T and S need not be multiples of n: parts differ by one frame or position at mos
 what there is. So nothing is padded, and nothing needs a mask.
 
 Nothing is copied before or after a transfer of one sample. What makes the modulated input writes its rows in the order
-in which they leave (`FrameSwitch.places`), the projection behind works on rows in the order in which they come back, and
-what reads its result finds them there; backward likewise.
+in which they leave (`FrameSwitch.places`), the projection behind works on rows in the order in which they come back,
+and what reads its result finds them there; backward likewise.
 
 Transfers overlap with computation:
 - backward, a projection's gradient of its input leaves first, and that of its weight is computed while it travels;
@@ -31,8 +31,9 @@ from torch import Tensor
 from stdit_fast.ops.linear import weight_gradient
 from stdit_fast.parallel.groups import SequenceGroup, check_split
 
-# Tokens of a rank from which on two chunks are worth their launches.
-TOKENS_FOR_TWO_CHUNKS = 16384
+# Tokens of a rank from which on chunks are worth their launches, and how many there are then.
+TOKENS_FOR_CHUNKS = 16384
+MOST_CHUNKS = 2
 
 
 def bounds(total: int, parts: int) -> list[int]:
@@ -142,7 +143,7 @@ class FrameSwitch:
         """For each chunk, the positions of it that each rank has; all ranks have to see the same ones."""
         tokens = batch * self.num_frames * positions // self.group.size  # not this rank's own, which may be others
         edges = bounds(positions, self.group.size)
-        wanted = self.chunks or (2 if tokens >= TOKENS_FOR_TWO_CHUNKS else 1)
+        wanted = self.chunks or (MOST_CHUNKS if tokens >= TOKENS_FOR_CHUNKS else 1)
         count = max(1, min(wanted, positions // self.group.size))
         chunks: list[list[slice]] = [[] for _ in range(count)]
         for start, stop in pairwise(edges):
@@ -192,7 +193,7 @@ class _Transfer:
         return self._send(sent, sent.new_empty(sum(self.by_frames)), self.by_columns, self.by_frames)
 
     def send_frames(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Sends x [B, T, s, C] to those who have its frames; the token. What comes from them goes to the chunk's rows."""
+        """Sends x [B, T, s, C] to those who have its frames; the token. What they send goes to the chunk's rows."""
         if self.batch == 1:  # as it is
             sent = x.contiguous().flatten()
         else:

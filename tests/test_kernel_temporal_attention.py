@@ -157,8 +157,8 @@ def test_what_the_library_refuses():
         "epsilon": 1e-6,
     }
     for change, match in (
-        ({"head_dim": 64}, "head dimension 64 and 16 frames, where 72 and at most 16 can be served"),
-        ({"frames": 17}, "head dimension 72 and 17 frames"),
+        ({"head_dim": 64}, "head dimension 64 and 16 frames, where 72 and at most 64 can be served"),
+        ({"frames": 65}, "head dimension 72 and 65 frames"),
         ({"qkv": 4104}, "qkv is null or does not begin at a multiple of 16 bytes"),
         ({"d_o": 0}, "d_o is null"),
         ({"frame_stride": 12}, "a stride of qkv is 12 elements"),
@@ -172,7 +172,19 @@ def test_what_the_library_refuses():
 @needs_gpu
 @pytest.mark.parametrize("rotate_first", [False, True], ids=["norm first", "rotate first"])
 @pytest.mark.parametrize(
-    "shape", [(1, 16, 1, 1, 72), (1, 2, 40, 16, 72), (2, 13, 150, 16, 72), (3, 16, 70, 16, 72)], ids=str
+    "shape",
+    [
+        (1, 16, 1, 1, 72),
+        (1, 2, 40, 16, 72),
+        (2, 13, 150, 16, 72),
+        (3, 16, 70, 16, 72),
+        (1, 17, 1, 1, 72),
+        (2, 32, 40, 16, 72),
+        (1, 40, 60, 16, 72),
+        (1, 49, 3, 16, 72),
+        (2, 64, 33, 16, 72),
+    ],
+    ids=str,
 )
 def test_backward_in_cuda(shape, rotate_first, monkeypatch):
     """Warps with one position, with several and with none; clips that are shorter than a tile; memory full of NaN."""
@@ -189,10 +201,11 @@ def test_backward_in_cuda(shape, rotate_first, monkeypatch):
 
 
 @needs_gpu
-def test_backward_in_cuda_of_strided_qkv_and_float32_weights():
-    wide = randn(2, 16, 9, 3, 2, 72, dtype=torch.bfloat16)
+@pytest.mark.parametrize("frames", [16, 30, 64])
+def test_backward_in_cuda_of_strided_qkv_and_float32_weights(frames):
+    wide = randn(2, frames, 9, 3, 2, 72, dtype=torch.bfloat16)
     weights = [(1 + 0.3 * randn(72, seed=i)) for i in range(2)]
-    rotation, grad = table((1, 16, 9, 2, 72)), randn(2, 16, 4, 144, seed=7, dtype=torch.bfloat16)
+    rotation, grad = table((1, frames, 9, 2, 72)), randn(2, frames, 4, 144, seed=7, dtype=torch.bfloat16)
     here = wide[:, :, 1:5]
     ours = cuda_temporal.backward(grad, here, *weights, rotation, False, 1e-6, True)
     again = cuda_temporal.backward(grad, here.contiguous(), *weights, rotation, False, 1e-6, True)

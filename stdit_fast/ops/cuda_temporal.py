@@ -8,7 +8,7 @@ from stdit_fast.kernels.residual_norm import column_sum
 from stdit_fast.ops import cuda_attention
 
 HEAD_DIM = 72
-MOST_FRAMES = 16
+MOST_FRAMES = 64
 
 
 def available(device: int) -> tuple[bool, str]:

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import test_training
 import torch
+import torch.distributed as dist
 from conftest import run_in_time
-from sequence_gpu_worker import COLLECTIVE_TIMEOUT, DEADLINE, ON_GPU
+from sequence_gpu_worker import CASES, COLLECTIVE_TIMEOUT, DEADLINE, ON_GPU, compare, computed_alone
 from test_sequence_parallel import as_it_was  # noqa: F401
 from test_training import arguments, losses
 
+from stdit_fast.parallel.groups import SequenceGroup
+from stdit_fast.parallel.processes import launch
+
 GPUS = torch.cuda.device_count()
 PROCESSES = 4 if GPUS >= 4 else 2
-pytestmark = pytest.mark.skipif(GPUS == 1, reason="one GPU: neither two of them nor none")
+several = pytest.mark.skipif(GPUS == 1, reason="one GPU: neither two of them nor none")
 table = test_training.table  # a fixture
 STEPS = 6
 
@@ -75,19 +79,35 @@ def one(table, text_encoder, run_folder):
     return losses(run_folder / "one")
 
 
+def no_further_from_float32(cases: dict) -> None:
+    """Holds what groups found, case by case, to what one process found with the same kernels."""
+    for name, case in cases.items():
+        (alone_loss, shared_loss), (alone, shared) = case["loss"], case["gradients"]
+        print(f"{name}: losses {alone_loss:.2e}, {shared_loss:.2e}; all {alone['all']:.2e}, {shared['all']:.2e}")
+        slack = (2e-3, 1e-3, 2e-2) if ON_GPU else (1e-5, 1e-5, 1e-5)
+        assert shared_loss <= 1.5 * alone_loss + slack[0], name
+        assert shared["all"] <= 1.2 * alone["all"] + slack[1], name
+        for key in alone:
+            assert shared[key] <= 2 * alone[key] + slack[2], (name, key, alone[key], shared[key])
+        assert case["repeats"], name
+
+
+@several
 def test_a_group_is_no_further_from_float32_than_one_process(results):
     for result in results:
-        for name, case in result["cases"].items():
-            (alone_loss, shared_loss), (alone, shared) = case["loss"], case["gradients"]
-            print(f"{name}: losses {alone_loss:.2e}, {shared_loss:.2e}; all {alone['all']:.2e}, {shared['all']:.2e}")
-            slack = (2e-3, 1e-3, 2e-2) if ON_GPU else (1e-5, 1e-5, 1e-5)
-            assert shared_loss <= 1.5 * alone_loss + slack[0], name
-            assert shared["all"] <= 1.2 * alone["all"] + slack[1], name
-            for key in alone:
-                assert shared[key] <= 2 * alone[key] + slack[2], (name, key, alone[key], shared[key])
-            assert case["repeats"], name
+        no_further_from_float32(result["cases"])
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+def test_a_gpu_that_switches_with_itself():
+    """The kernels on rows as they travel, and NCCL's transfers beside them, on one GPU."""
+    processes = launch(0)
+    assert processes.world_size == 1
+    group = SequenceGroup(1, 0, 0, dist.group.WORLD, None)
+    no_further_from_float32({name: compare(group, name, computed_alone(name)) for name in CASES})
+
+
+@several
 def test_a_mixed_step_inside_the_optimizer(results):
     """Ranks whose gradients come in different orders, some out of CUDA graphs, get the mean over all batches."""
     for result in results:
@@ -97,6 +117,7 @@ def test_a_mixed_step_inside_the_optimizer(results):
         assert result["mixed"]["graphed"] == ON_GPU
 
 
+@several
 def test_they_train_like_one(results, one, run_folder):
     """Each its own batches, gradients early or not; pairs that share: the curve of one process with all batches."""
     assert [result["runs"] for result in results] == [dict.fromkeys(("own", "early", "shared"), STEPS)] * PROCESSES
@@ -110,6 +131,7 @@ def test_they_train_like_one(results, one, run_folder):
             assert mine == pytest.approx(want, rel=2e-2 if ON_GPU else 1e-4), (name, mine, want)
 
 
+@several
 def test_a_run_goes_on_in_one_process(results, one, runs, run_folder):
     from stdit_fast.train.config import parse
     from stdit_fast.train.trainer import Trainer

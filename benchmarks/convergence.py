@@ -9,11 +9,9 @@ FOLDER gets the three logs, convergence.png and summary.json. Needs a GPU.
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -63,14 +61,8 @@ def main() -> int:
         scratch = Path(scratch)
         inputs = curves.make_inputs(args.clips, scratch)
         runs = {name: scratch / name.replace(" ", "_") for name in RUNS}
-        with ThreadPoolExecutor() as pool:  # side by side: nothing is timed
-            started = {
-                name: pool.submit(train, runs[name], args.steps, inputs | MODEL | options)
-                for name, options in RUNS.items()
-            }
-            losses = {name: run.result() for name, run in started.items()}
-        for run in runs.values():
-            shutil.copy(run / "metrics.jsonl", args.out / f"{run.name}.jsonl")
+        settings = inputs | MODEL
+        losses = curves.run_all(runs, lambda name: train(runs[name], args.steps, settings | RUNS[name]), args.out)
     curves.plot(losses, EXACT, args.out / "convergence.png", STYLES)
     return curves.write_verdict(compare(losses), args.out / "summary.json", device_name(), args.steps)
 

@@ -10,12 +10,10 @@ scaling_curves.png and scaling_curves.json. Needs two GPUs. (Without any, it run
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,7 +47,7 @@ def train(run: Path, log: Path, steps: int, processes: int, settings: dict, dead
         deadline: seconds that it may take.
 
     Raises:
-        subprocess.CalledProcessError, subprocess.TimeoutExpired: it failed, or did not end; its processes have.
+        RuntimeError: it failed, or did not end; its processes have. With the end of its log.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc_per_node", str(processes)]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
@@ -66,9 +64,9 @@ def train(run: Path, log: Path, steps: int, processes: int, settings: dict, dead
                 launcher.wait(GRACE)
             with suppress(ProcessLookupError):
                 os.killpg(launcher.pid, signal.SIGKILL)
-            raise
+            status = f"none after {deadline:g} s"
     if status:
-        raise subprocess.CalledProcessError(status, command)
+        raise RuntimeError(f"status {status}; {log} ends with\n{log.read_text()[-2000:]}")
     return curves.losses_of(run)
 
 
@@ -99,22 +97,12 @@ def main() -> int:
         runs = runs_of(args.gpus)
         folders = {name: scratch / name.replace(" ", "_") for name in runs}
         logs = {name: args.out / f"{folder.name}.log" for name, folder in folders.items()}
-        with ThreadPoolExecutor() as pool:  # side by side: nothing is timed
-            started = {
-                name: pool.submit(
-                    train, folders[name], logs[name], args.steps, processes, inputs | options, args.deadline
-                )
-                for name, (processes, options) in runs.items()
-            }
-            failed = {name: run.exception() for name, run in started.items() if run.exception()}
-        for folder in folders.values():
-            if (folder / "metrics.jsonl").is_file():  # also of runs that failed: how far they came
-                shutil.copy(folder / "metrics.jsonl", args.out / f"{folder.name}.jsonl")
-        for name, error in failed.items():
-            print(f"{name}: {error}", logs[name].read_text()[-2000:], sep="\n", file=sys.stderr)
-        if failed:
-            return 1
-        losses = {name: run.result() for name, run in started.items()}
+
+        def run(name: str) -> np.ndarray:
+            processes, options = runs[name]
+            return train(folders[name], logs[name], args.steps, processes, inputs | options, args.deadline)
+
+        losses = curves.run_all(folders, run, args.out)
     curves.plot(losses, EXACT, args.out / "scaling_curves.png")
     device = f"{args.gpus} x {device_name()}"
     return curves.write_verdict(compare(losses), args.out / "scaling_curves.json", device, args.steps)

@@ -22,12 +22,32 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+LAUNCH = Path(__file__).parents[1] / "train" / "launch"
+
+
+def test_launchers_start_nothing_where_something_is_missing(tmp_path):
+    """A setting that there is not is told once; so is a machine that does not say how many GPUs it has."""
+
+    def launched(script: str, **environment) -> tuple[int, str]:
+        environment = os.environ | {"PYTHON": sys.executable, "HEAD": "localhost", "NODES": "1"} | environment
+        done = subprocess.run([LAUNCH / script, "--lrr", "1"], env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    for script in ("one_node.sh", "several_nodes.sh"):
+        status, said = launched(script, GPUS="1")
+        assert status == 2 and said.count("error:") == 1 and "did you mean 'lr'?" in said, said
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        assert launched(script, PATH=path, GPUS="") == (2, "error: nvidia-smi finds no GPUs: set GPUS\n")
+
+
 def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on(table, tmp_path):
     """The launcher begins the run anew, from its last checkpoint."""
     import psutil
 
     args = arguments(table, tmp_path, steps=40, ckpt_every=2, dead_after=3, sequence_parallel=2)
-    script = Path(__file__).parents[1] / "train" / "launch" / "one_node.sh"
+    script = LAUNCH / "one_node.sh"
     environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "1", "PYTHON": sys.executable}
     launcher = subprocess.Popen(
         [script, *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -326,6 +326,19 @@ def test_a_batch_that_does_not_fit_is_halved(call, monkeypatch, caplog, tmp_path
     assert out == "" and want in err and not list(folder.iterdir())
 
 
+def test_a_shared_batch_that_does_not_fit_says_what_would(monkeypatch, tmp_path, weights, capsys):
+    def short_of_memory(self, prompt, **settings):
+        raise torch.OutOfMemoryError
+        yield
+
+    monkeypatch.setattr(STDiT2Pipeline, "clips", short_of_memory)
+    monkeypatch.setattr(STDiT2Pipeline, "shared", True)
+    options = ["--prompt", "a sea", "--samples=2", "--batch_size=2", "--outputs", str(tmp_path / "out")]
+    assert main(["--model", weights, *ENCODERS, *FAST, *options]) == 1
+    want = "batch_size = 2: 2 samples of 4 frames of 32 x 48 (height x width) do not fit into memory; use fewer at once"
+    assert f"error: {want}, or share it among more GPUs" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------- weights
 
 

@@ -221,7 +221,7 @@ def make(pipeline: STDiT2Pipeline, samples: Sequence[Sample], settings: Settings
             paths = _new_paths(batch, settings)
             if not _fits(pipeline, batch, paths, settings):
                 if len(batch) == 1:
-                    raise _does_not_fit(batch[0])
+                    raise _does_not_fit(batch[0], 1)
                 batch_size = len(batch) // 2
                 logger.warning("%d samples do not fit into memory at once: going on with %d", len(batch), batch_size)
                 continue
@@ -233,23 +233,26 @@ def make(pipeline: STDiT2Pipeline, samples: Sequence[Sample], settings: Settings
 
 def _fits(pipeline: STDiT2Pipeline, batch: Sequence[Sample], paths: Sequence[Path], settings: Settings) -> bool:
     """Writes a batch if it fits into memory, which is free again where it does not."""
-    if pipeline.shared:  # all ranks would have to agree on another size
-        write_batch(pipeline, batch, paths, settings)
-        return True
     try:
         write_batch(pipeline, batch, paths, settings)
         return True
     except torch.OutOfMemoryError:
-        pass  # and after this line the error no longer holds the batch's tensors
+        if pipeline.shared:  # the others wait inside the batch, and could not agree on another size
+            raise _does_not_fit(batch[0], len(batch), shared=True) from None
+        # And after this line the error no longer holds the batch's tensors
     pipeline.release()  # nor its CUDA graphs theirs
     torch.cuda.empty_cache()
     return False
 
 
-def _does_not_fit(sample: Sample) -> ConfigError:
+def _does_not_fit(sample: Sample, count: int, shared: bool = False) -> ConfigError:
     s = sample.settings
     size = f"{s['num_frames']} frames of {s['height']} x {s['width']} (height x width)"
-    return ConfigError("batch_size", 1, f"one sample of {size} does not fit into memory; make it shorter or smaller")
+    what = f"one sample of {size} does" if count == 1 else f"{count} samples of {size} do"
+    remedy = "make it shorter or smaller" if count == 1 else "use fewer at once"
+    if shared:
+        remedy += ", or share it among more GPUs"
+    return ConfigError("batch_size", count, f"{what} not fit into memory; {remedy}")
 
 
 def write_batch(pipeline: STDiT2Pipeline, batch: Sequence[Sample], paths: Sequence[Path], settings: Settings) -> None:

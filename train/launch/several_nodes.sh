@@ -11,7 +11,13 @@
 set -euo pipefail
 
 : "${HEAD:?name one of the machines}" "${NODES:?say how many machines there are}"
-gpus=${GPUS:-$(nvidia-smi --list-gpus | wc -l)}
+gpus=${GPUS:-$(nvidia-smi --list-gpus 2> /dev/null | wc -l)} || { echo "error: nvidia-smi finds no GPUs: set GPUS" >&2; exit 2; }
+
+# A configuration that cannot be is told once, and not by every start of every process.
+"${PYTHON:-python3}" -c 'import sys
+from stdit_fast.errors import run_command
+from stdit_fast.train.config import parse
+sys.exit(run_command(lambda: parse(checked=False) and 0))' "$@"
 
 # A store of its own for each start: in the one that all starts share by default, a restarted process finds the addresses
 # of those before it.

@@ -11,9 +11,8 @@ import pytest
 import test_training
 import torch
 import torch.distributed as dist
-from conftest import run_in_time
+from conftest import as_it_was, run_in_time
 from sequence_gpu_worker import CASES, COLLECTIVE_TIMEOUT, DEADLINE, ON_GPU, compare, computed_alone
-from test_sequence_parallel import as_it_was  # noqa: F401
 from test_training import arguments, losses
 
 from stdit_fast.parallel.groups import SequenceGroup
@@ -24,6 +23,13 @@ PROCESSES = 4 if GPUS >= 4 else 2
 several = pytest.mark.skipif(GPUS == 1, reason="one GPU: neither two of them nor none")
 table = test_training.table  # a fixture
 STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Runs in this process leave it as it was."""
+    with as_it_was():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -88,7 +88,8 @@ def _train(arguments: list[str]) -> None:
 
 def _run(module: str, arguments: list[str]) -> None:
     """A process of its own, as a user starts it; where that fails, which it tells itself, the demo ends."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    # Threads that wait for each other give their cores to the process that decodes, and to whatever else runs there.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     status = subprocess.run([sys.executable, "-m", module, *arguments], env=environment).returncode
     if status:
         raise SystemExit(f"the demo ends: python -m {module} {shlex.join(arguments)} failed with status {status}")

@@ -240,17 +240,18 @@ def sweep_table(folder: Path) -> str:
     from stdit_fast.train.bucket_tables import read
 
     rows = [
-        "| table | buckets, measured | s a step | slowest over fastest, less 1 | at best | the config's | waiting | "
-        "the config's | GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| table | buckets, measured | in pieces | s a step | slowest over fastest, less 1 | at best | the config's | "
+        "waiting | the config's | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     tables = [read(path) for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)]
     for table in tables:
         seconds = [entry.seconds for entry in table.buckets.values()]
         even, peak = table.evenness, max(entry.peak_gib for entry in table.buckets.values())
         measured = sum(entry.measured for entry in table.buckets.values())
+        pieces = sum(entry.pieces > 1 for entry in table.buckets.values())
         rows.append(
-            f"| {table.path.stem} | {len(seconds)}, {measured} | {min(seconds):.2f} to {max(seconds):.2f} | "
+            f"| {table.path.stem} | {len(seconds)}, {measured} | {pieces} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{even['spread']:.0%} | {even['best_spread']:.0%} | {even['original_spread']:.0%} | "
             f"{even['waiting']:.0%} | {even['original_waiting']:.0%} | {peak:.0f} |"
         )
@@ -361,6 +362,7 @@ def tables() -> dict[str, str]:
         "train_step_mixed h100": train_step_table(h100 / "train_step_mixed.jsonl", " --mixed"),
         "loading h100": loading_table(h100 / "loading.jsonl"),
         "sweep h100": sweep_table(ROOT / "train" / "configs" / "buckets" / "h100-80gb"),
+        "sweep_check h100": sweep_check_table(h100 / "sweep_check.jsonl"),
         "scaling h200": scaling_table(results / "scaling.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
         "plan h100": plan_table(),

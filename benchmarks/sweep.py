@@ -69,6 +69,7 @@ PASSES = 3  # changes of a stage's step time after all of its buckets were measu
 DRIFT_PROBES = 5  # that tell how much faster or slower other kernels are
 BETTER = 0.03  # a choice is given up for another that is expected to be better by so much,
 BETTER_TARGET = 0.04  # and a step time, with all that was measured for it, by so much, and no less even,
+NEAR = 0.15  # what was measured serves, where there is no time to measure more, if it is so near to the step time
 EVENER = 0.05  # or for one nearby whose spread is smaller by so much
 T5_CHANNELS = 4096
 ENCODERS = "-encoders"  # at the end of a name: they run in the step
@@ -154,6 +155,8 @@ class Sweep:
         encoding: what autoencoder and text encoder add; None: they do not run.
         verify: whether every choice is measured; False: it may follow from what is known of its bucket.
         longest_step: seconds beyond which no step time is aimed at, unless a single sample takes that long.
+        out_of_time: asked before each probe. Once it says so nothing more is measured, and choices that were not follow
+            from what is known, of other kernels too, as with `verify` False.
         say: prints progress.
 
     Raises:
@@ -172,12 +175,13 @@ class Sweep:
         encoding: EncodingCost | None = None,
         verify: bool = True,
         longest_step: float = math.inf,
+        out_of_time: Callable[[], bool] = lambda: False,
         hints: list[Probe] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.stages, self.conditions, self.measure, self.record = stages, conditions, measure, record
         self.step_seconds, self.encoding, self.verify, self.say = step_seconds, encoding, verify, say
-        self.longest_step = longest_step
+        self.longest_step, self.out_of_time = longest_step, out_of_time
         held = encoding.held if encoding else 0
         self.budget = conditions.budget - held
         self.model = StepModel(
@@ -211,12 +215,12 @@ class Sweep:
             raise ConfigError("buckets", [stage.name for stage in self.stages], remedy)
         for stage in self.stages:
             self._choose_target(stage)
-            if self.verify and self._measure_drift(stage):
+            if self.verify and not self.out_of_time() and self._measure_drift(stage):
                 stage.seconds = None
                 self._choose_target(stage)
             self._settle(stage)
             for _ in range(PASSES if self.verify else 0):  # what was measured may speak for another step time
-                if not self._choose_target(stage):
+                if self.out_of_time() or not self._choose_target(stage):
                     break
                 self._settle(stage)
             settled(stage)
@@ -258,7 +262,7 @@ class Sweep:
 
     def _probe(self, shape: Shape, batch: int, checkpointed: int, pieces: int = 1) -> None:
         """Measures, unless that is known."""
-        if self.model.find(shape, batch, checkpointed, pieces) is not None:
+        if self.out_of_time() or self.model.find(shape, batch, checkpointed, pieces) is not None:
             return
         started = time.perf_counter()
         probe = self.measure(shape, batch, checkpointed, pieces)
@@ -326,16 +330,20 @@ class Sweep:
         for shape in stage.shapes:
             choice = closest(self._options_of(shape, stage), stage.seconds)
             for _ in range(TRIES if self.verify else 0):
-                if self._stands(choice, self.model.measured(shape, self.budget), stage.seconds):
+                measured = self.model.measured(shape, self.budget)
+                if self.out_of_time() or self._stands(choice, measured, stage.seconds):
                     break
                 self._probe(shape, choice.batch, choice.checkpointed, choice.pieces)
                 choice = closest(self._options_of(shape, stage), stage.seconds)
             measured = self.model.measured(shape, self.budget)
-            if self.verify and not measured:
+            if not self.verify or (self.out_of_time() and not self._serves(measured, stage.seconds)):
+                stage.choices[shape] = choice
+                continue
+            if not measured:
                 raise ConfigError(
                     "buckets", shape.name, "no size of it was found that fits this GPU; give it keep_prob 0"
                 )
-            stage.choices[shape] = self._leanest(measured, stage.seconds) if self.verify else choice
+            stage.choices[shape] = self._leanest(measured, stage.seconds)
 
     def _leanest(self, measured: list[Choice], seconds: float) -> Choice:
         """The best of what was measured, with fewer recomputed blocks where these fit and save time."""
@@ -345,6 +353,10 @@ class Sweep:
             self._probe(leaner.shape, leaner.batch, leaner.checkpointed, leaner.pieces)
         same = [c for c in self.model.measured(best.shape, self.budget) if c.batch == best.batch]
         return min(same, key=lambda c: c.seconds)
+
+    def _serves(self, measured: list[Choice], seconds: float) -> bool:
+        """Whether something measured is about as long as a step should be, where there is no time to measure better."""
+        return bool(measured) and abs(math.log(self._best(measured, seconds).seconds / seconds)) <= NEAR
 
     def _stands(self, choice: Choice, measured: list[Choice], seconds: float) -> bool:
         """Whether the best of what was measured is about as good as the choice: as near to the target, and as fast."""
@@ -614,6 +626,7 @@ def main(arguments: list[str] | None = None) -> int:
             known=known,
             keeps=keeps,
             longest_step=args.longest_step,
+            out_of_time=lambda: time.perf_counter() - started > args.seconds,
             step_seconds=args.step_seconds,
             encoding=encoding if encoders else None,
             verify=args.encoders != "both" or not encoders,
@@ -689,6 +702,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the tables; by default where `--buckets auto` looks first")
     parser.add_argument("--step-seconds", type=float, help="step time to aim at; by default chosen for throughput")
     parser.add_argument("--longest-step", type=float, default=math.inf, help="seconds that a chosen step takes at most")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf,
+        help="after so many nothing more is measured: what is not follows from what is known, and tables say so",
+    )  # fmt: skip
     parser.add_argument("--world-size", type=int, default=1, help="GPUs that share the optimizer's state (ZeRO)")
     parser.add_argument(
         "--encoders", choices=("auto", "on", "off", "both"), default="auto",

@@ -322,7 +322,7 @@ class StepModel:
             whole = whole and recomputed(batch) is not None
             for pieces in range(1 if whole else 2, min(batch, MOST_PIECES) + 1):
                 at_once = -(-batch // pieces)
-                if pieces > 1 and shape.tokens(at_once) <= MAX_TOKENS:
+                if pieces > 1 and shape.tokens(batch // pieces) <= MAX_TOKENS:  # the smallest one
                     break
                 if -(-batch // at_once) < pieces or recomputed(at_once) is None:
                     continue

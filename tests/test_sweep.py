@@ -31,6 +31,7 @@ from stdit_fast.benchmarks.sweep_model import (
 from stdit_fast.benchmarks.sweep_report import write_report
 from stdit_fast.benchmarks.sweep_step import StateShard, StepMeasurer
 from stdit_fast.errors import ConfigError
+from stdit_fast.model.graphs import MAX_TOKENS
 from stdit_fast.train import bucket_tables
 
 CONFIGS = Path(__file__).parents[1] / "train" / "configs"
@@ -192,6 +193,35 @@ def test_after_a_change_of_kernels_the_older_probes_tell_where_to_begin(tmp_path
         assert choice.measured and choice.seconds == pytest.approx(
             Faster()(choice.shape, choice.batch, choice.checkpointed, choice.pieces).median
         )
+
+
+def test_a_sweep_that_is_out_of_time_goes_by_what_it_knows():
+    """What was measured near the step time serves; the rest follows from other kernels' probes, and is marked."""
+    before = FakeGPU()
+    Sweep(stages("stage3"), CONDITIONS, before).run()
+    hints = [before(*call) for call in list(before.calls)]
+    gpu, (stage,) = FakeGPU(), stages("stage3")
+    sweep = Sweep([stage], CONDITIONS, gpu, hints=hints, out_of_time=lambda: len(gpu.calls) >= 20, step_seconds=2.0)
+    sweep.run()
+    assert len(gpu.calls) == 20
+    measured = [c for c in stage.choices.values() if c.measured]
+    assert 10 < len(measured) < len(stage.choices) == len(stage.shapes)
+    table = sweep.table(stage)
+    assert sum(entry.measured for entry in table.buckets.values()) == len(measured)
+    for choice in stage.choices.values():
+        truth = gpu(choice.shape, choice.batch, choice.checkpointed, choice.pieces)
+        assert truth.median == pytest.approx(choice.seconds, rel=1e-6 if choice.measured else 0.15)
+        assert truth.ran and truth.peak <= (1 if choice.measured else 1.1) * CONDITIONS.budget
+    with pytest.raises(ConfigError, match="no step ran"):
+        Sweep(stages("stage3"), CONDITIONS, gpu, out_of_time=lambda: True).run()
+
+
+def test_no_piece_is_so_small_that_it_runs_as_a_cuda_graph():
+    model = StepModel(28, 15 * GIB, [FakeGPU()(Shape("256", 48, 128, 512, 256), b, c) for b, c in ((2, 0), (6, 14))])
+    (shape,) = {p.shape for p in model.probes}
+    options = model.options(shape, CONDITIONS.budget, 3.0)
+    assert any(o.pieces > 1 for o in options)
+    assert all(shape.tokens(o.batch // o.pieces) > MAX_TOKENS for o in options if o.pieces > 1)
 
 
 def test_what_encoding_costs_is_kept_for_the_same_conditions(tmp_path):

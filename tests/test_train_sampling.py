@@ -1,5 +1,6 @@
 """Sampling while a small model trains: what is shown, with which weights, and that the training never notices."""
 
+import importlib.machinery
 import io
 import itertools
 import json
@@ -256,7 +257,8 @@ def test_the_runs_own_resolutions(trainer):
 def test_wandb_gets_the_files(trainer, monkeypatch):
     logged, media = [], lambda kind: lambda path: (kind, Path(path).read_bytes()[:6])
     board = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
-    fake = types.SimpleNamespace(init=lambda **_: board, Image=media("image"), Video=media("video"))
+    spec = importlib.machinery.ModuleSpec("wandb", None)  # what tells that it is installed
+    fake = types.SimpleNamespace(__spec__=spec, init=lambda **_: board, Image=media("image"), Video=media("video"))
     monkeypatch.setitem(sys.modules, "wandb", fake)
     trainer(steps=2, wandb="true", **SAMPLING).train()
     shown = {name: value for step, values in logged for name, value in values.items() if isinstance(value, tuple)}

@@ -41,6 +41,7 @@ from stdit_fast.parallel.sequence import FrameSwitch, bounds, part_of
 from stdit_fast.train.buckets import Bucket
 from stdit_fast.train.config import TrainConfig, make_buckets, parse
 from stdit_fast.train.degrees import sequence_sizes
+from stdit_fast.train.out_of_memory import parts_of
 from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest, BucketSampler
 
@@ -157,10 +158,9 @@ class Training:
     def forward_backward(self, bucket: Bucket, parts: int, batch: dict) -> None:
         """Of a batch, in the pieces that a table has for it, as the trainer does."""
         plugin, count = self.booster.plugin, bucket.pieces if parts == 1 else 1
-        bounds = [bucket.batch_size * i // count for i in range(count + 1)]
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            piece = {key: value[begin:end] for key, value in batch.items() if key != "arguments"}
-            arguments = {key: value[begin:end] for key, value in batch["arguments"].items()}
+        for part in parts_of(bucket.batch_size, count):
+            piece = {key: value[part] for key, value in batch.items() if key != "arguments"}
+            arguments = {key: value[part] for key, value in batch["arguments"].items()}
             with plugin.local_gradients(self.model), plugin.shared(self.bare, parts, bucket.num_frames, 0):
                 losses = self.diffusion.training_losses(
                     self.model,
@@ -171,8 +171,9 @@ class Training:
                     mask=piece["x_mask"],
                     counted=piece["counted"],
                 )
-                with self.optimizer.reducing() if end == bucket.batch_size else nullcontext():
-                    self.optimizer.backward(losses["loss"].mean() * ((end - begin) / bucket.batch_size))
+                with self.optimizer.reducing() if part.stop == bucket.batch_size else nullcontext():
+                    share = (part.stop - part.start) / bucket.batch_size
+                    self.optimizer.backward(losses["loss"].mean() * share)
 
     def batch(self, bucket: Bucket, parts: int, part: int) -> dict:
         """Random inputs; every second video has its first frame as a condition."""

@@ -17,6 +17,7 @@ from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.records import Record, append
 from stdit_fast.errors import ConfigError, run_command
+from stdit_fast.model import memory
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.train.buckets import Buckets
 
@@ -123,8 +124,7 @@ def main() -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leave_default_stream(torch.device(device))  # as the trainer does
     if args.memory_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * 2**30 / total))
+        memory.hold_to(args.memory_gib)
     print(COLUMNS)
     for impl in args.impl:
         model = build(impl, args.depth, device)

@@ -586,7 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     if args.memory_gib:
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), device)
+        memory.hold_to(args.memory_gib)
     limit, ballast = memory.memory_limit(device.index), COMMUNICATION if args.world_size > 1 else 0
     model = model_config(first, T5_CHANNELS)
     measurer = StepMeasurer(

@@ -323,9 +323,7 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
             if table.device != device_name():
                 print(f"{table.path}: its times are of {table.device}, and this is {device_name()}", flush=True)
         if args.memory_gib and torch.cuda.is_available():
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, args.memory_gib * GIB / total), 0)
-            memory.memory_limit.cache_clear()
+            memory.hold_to(args.memory_gib)
         ready()
         rounds = args.rounds if len(args.rounds) > 1 else args.rounds * len(tables)
         for path, config, table, count in zip(args.table, configs, tables, rounds, strict=True):

@@ -14,6 +14,7 @@ from stdit_fast.diffusion import IDDPM
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.model.graphs import MAX_TOKENS
 from stdit_fast.ops.adamw import AdamWStep, Hyperparameters
+from stdit_fast.train.out_of_memory import parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,8 +125,7 @@ class StepMeasurer:
     def _measure(self, probe: Probe) -> tuple[list[float], int]:
         self.model.set_checkpointing(probe.checkpointed, reserve=self.base - self.weights)
         inputs = self._inputs(probe.shape, probe.batch)
-        bounds = [probe.batch * i // probe.pieces for i in range(probe.pieces + 1)]
-        parts = [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        parts = parts_of(probe.batch, probe.pieces)
         small = probe.shape.tokens(probe.at_once) <= MAX_TOKENS
         graphs = small and probe.checkpointed == 0 and self.device.type == "cuda"
         warmup = WARMUP_OF_GRAPHS if graphs else WARMUP

@@ -43,8 +43,7 @@ class Pieces:
         if planned and bucket.pieces > 1:
             most = min(most, bucket.at_once)
         number = -(-samples // most)
-        bounds = [samples * i // number for i in range(number + 1)]
-        return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return parts_of(samples, number)
 
     def halve(self, bucket: Bucket, samples: int, at_once: int | None = None) -> bool:
         """Lowers the limit to half of what a batch ran at once; False where that was a single sample."""
@@ -71,6 +70,12 @@ class Pieces:
 
     def load_state_dict(self, state: dict) -> None:
         self.limits, self.known, self.count = dict(state["limits"]), dict(state["limits"]), state["count"]
+
+
+def parts_of(samples: int, number: int) -> list[slice]:
+    """So many parts of a batch, one after another, whose sizes differ by one at most."""
+    bounds = [samples * i // number for i in range(number + 1)]
+    return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
 
 def _name(bucket: Bucket) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from stdit_fast.model.packing import packed_bytes, packed_views
+
 MOST_BYTES = 1 << 29  # of all batches that are there at once, which steps have to spare; larger ones are not sent ahead
 LEAST_BYTES = 1 << 25  # of a place: it grows in few steps, since what it had before leaves a hole
-ALIGNMENT = 512
 ON_THE_HOST = ("tokens", "samples")  # which nothing on the GPU reads
 
 
@@ -43,7 +44,7 @@ class SendAhead:
         self._step_over(self._next - self._kept)
         own = {key: value for key, value in batch.items() if torch.is_tensor(value) and key not in ON_THE_HOST}
         place, self._next = self._next % len(self._places), self._next + 1
-        needed = sum(_padded(value.nbytes) for value in own.values())
+        needed = packed_bytes(own.values())
         most = MOST_BYTES // len(self._places)
         if not 0 < needed <= most or not self._has_room(place, needed, most):
             return batch
@@ -70,11 +71,7 @@ class SendAhead:
         return True
 
     def _sent(self, own: dict[str, Tensor], place: int) -> dict[str, Tensor]:
-        there, at = {}, 0
-        for key, value in own.items():
-            part = self._places[place][at : at + value.nbytes]
-            there[key] = part.view(value.dtype).view(value.shape)
-            at += _padded(value.nbytes)
+        there = dict(zip(own, packed_views(self._places[place], own.values()), strict=True))
         if self._stream is None:
             for key, value in own.items():
                 there[key].copy_(value)
@@ -86,7 +83,3 @@ class SendAhead:
                 there[key].copy_(value, non_blocking=True)
         torch.cuda.current_stream(self._device).wait_stream(self._stream)
         return there
-
-
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from stdit_fast import ops
 from stdit_fast.model import disposal, memory
 from stdit_fast.model.arena import Arena, take_workspaces
+from stdit_fast.model.packing import packed_bytes, packed_views
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,6 @@ SEEN_BEFORE = 2  # steps of a bucket that run as usual: a graph is worth its cap
 MAX_GRAPHS = 64
 _WARMUP = 2
 _SLACK = 3 << 29  # bytes; steps hold more or less beside what is counted
-_ALIGNMENT = 512  # bytes, as the allocator's
 _GROWTH = 1.25  # an arena is so much larger than what was seen: the next bucket may be larger
 
 
@@ -218,12 +218,8 @@ class BlockGraphs:
         wanted = [p for p in self._parameters if p.requires_grad]
         if self._gradients or not wanted:
             return
-        sizes = [-(-p.numel() * p.element_size() // _ALIGNMENT) * _ALIGNMENT for p in wanted]
-        parts = torch.empty(sum(sizes), dtype=torch.uint8, device=wanted[0].device).split(sizes)
-        self._gradients = [
-            part[: p.numel() * p.element_size()].view(p.dtype).view(p.shape)
-            for part, p in zip(parts, wanted, strict=True)
-        ]
+        piece = torch.empty(packed_bytes(wanted), dtype=torch.uint8, device=wanted[0].device)
+        self._gradients = packed_views(piece, wanted)
 
     def _is_pending(self) -> bool:
         """Whether a graph is between its two passes: what its forward pass kept lies where the arena is free."""

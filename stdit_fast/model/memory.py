@@ -194,3 +194,10 @@ def memory_limit(device: int) -> int:
     free, total = torch.cuda.mem_get_info(device)
     ours = torch.cuda.memory_reserved(device)
     return min(free + ours, int(total * torch.cuda.get_per_process_memory_fraction(device)))
+
+
+def hold_to(gib: float) -> None:
+    """Has this process use at most so much of its GPU, as if that were a smaller one."""
+    total = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+    memory_limit.cache_clear()

@@ -47,17 +47,20 @@ def losses_of(run: Path) -> np.ndarray:
     return np.array([record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record])
 
 
-def run_all(folders: dict[str, Path], train: Callable[[str], np.ndarray], out: Path) -> dict[str, np.ndarray]:
+def run_all(
+    folders: dict[str, Path], train: Callable[[str], np.ndarray], out: Path, at_once: int | None = None
+) -> dict[str, np.ndarray]:
     """Losses of all runs, which go side by side: nothing is timed.
 
     Args:
         folders: of each run, by its name; their metrics go to `out`, also those of runs that fail.
         train: makes the run of that name.
+        at_once: runs side by side at most; None: as many as the pool has threads.
 
     Raises:
         SystemExit: with what each run that failed says.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         started = {name: pool.submit(train, name) for name in folders}
     for folder in folders.values():
         if (folder / "metrics.jsonl").is_file():

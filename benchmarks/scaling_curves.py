@@ -87,7 +87,10 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--clips", type=Path, default=Path("tests/data"))
-    parser.add_argument("--deadline", type=float, default=3600, help="seconds that the runs may take")
+    parser.add_argument("--deadline", type=float, default=3600, help="seconds that each run may take")
+    parser.add_argument(
+        "--at_once", type=int, default=2, help="runs side by side: NCCL's kernels hold a GPU while they wait"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +105,7 @@ def main() -> int:
             processes, options = runs[name]
             return train(folders[name], logs[name], args.steps, processes, inputs | options, args.deadline)
 
-        losses = curves.run_all(folders, run, args.out)
+        losses = curves.run_all(folders, run, args.out, args.at_once)
     curves.plot(losses, EXACT, args.out / "scaling_curves.png")
     device = f"{args.gpus} x {device_name()}"
     return curves.write_verdict(compare(losses), args.out / "scaling_curves.json", device, args.steps)

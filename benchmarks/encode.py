@@ -14,6 +14,7 @@ all must have the bytes of those of the first folder.
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from stdit_fast.benchmarks.records import Record, append
@@ -42,8 +44,8 @@ KILLED_AT = 3  # when one in so many of the shards is there
 START = (sys.executable, "-m", "stdit_fast.benchmarks.encode", "--start")
 
 
-def write_table(folder: Path, samples: int) -> Path:
-    """A table of so many rows, which alternate."""
+def write_table(folder: Path, rows: Iterable[tuple[str, int, int, int]]) -> Path:
+    """A table of such rows as ROWS has."""
     import av
 
     path, draw = folder / "table.csv", random.Random(0)
@@ -51,8 +53,7 @@ def write_table(folder: Path, samples: int) -> Path:
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "text", "num_frames", "height", "width", "fps"))
-        for i in range(samples):
-            name, frames, height, width = ROWS[i % len(ROWS)]
+        for name, frames, height, width in rows:
             source = CLIPS / name
             if frames == 1:
                 source = folder / f"{Path(name).stem}.png"
@@ -135,7 +136,8 @@ def run(folder: Path, args: argparse.Namespace) -> Record:
         vae, text = folder / "vae", folder / "t5"
         random_autoencoder().save_pretrained(vae)
         write_tokenizer(text)
-    command = [*START, "--config", args.config, "--dataset.data_path", str(write_table(folder, args.samples))]
+    table = write_table(folder, itertools.islice(itertools.cycle(ROWS), args.samples))
+    command = [*START, "--config", args.config, "--dataset.data_path", str(table)]
     command += ["--vae.from_pretrained", str(vae), "--text_encoder.from_pretrained", str(text)]
     command += ["--features.shard_mib", str(args.shard_mib), "--dataset.num_workers", str(args.workers)]
     command += [*args.overrides, "--features.path"]

@@ -3,12 +3,17 @@
     python -m stdit_fast.benchmarks.train_run --config train/configs/stage1.yaml --steps 50 --out FOLDER [--real-size]
 
 The autoencoder and T5 are randomly initialised at their real size with `--real-size` (about 12 GB of disk), else the
-embedded defaults. FOLDER gets metrics.jsonl, the configuration, the loss curve and a summary by bucket.
+embedded defaults. With `--features` the samples are encoded first, and the run trains on what was encoded: stills
+enough for the batches of the sweep's tables (`-- --buckets auto`), captions of 20 to 200 words, no disk for T5. FOLDER
+gets metrics.jsonl, which `plan --check` holds against a table, the configuration, the loss curve and a summary by
+bucket.
 """
 
 import argparse
 import csv
 import json
+import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -19,8 +24,10 @@ from pathlib import Path
 
 import torch
 
+from stdit_fast.benchmarks import encode
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.pictures import loss_curve
 
@@ -32,6 +39,17 @@ ROWS = (
     ("bikes.mp4", 250, 272, 640, 60),
     ("bigbuckbunny.mp4", 1, 720, 1280, 300),
     ("bikes.mp4", 1, 272, 640, 100),
+)
+
+# (clip, frames, height, width) of a sample of `--features`, and how often of 100
+FEATURES = (
+    (("bigbuckbunny.mp4", 60, 720, 1280), 7),
+    (("bigbuckbunny.mp4", 132, 720, 1280), 4),
+    (("bikes.mp4", 60, 272, 640), 9),
+    (("bikes.mp4", 250, 272, 640), 5),
+    (("bikes.mp4", 300, 272, 640), 3),
+    (("bigbuckbunny.mp4", 1, 720, 1280), 54),
+    (("bikes.mp4", 1, 272, 640), 18),
 )
 
 T5_TOKENS = 32100  # of T5's tokenizer; its model has 32,128
@@ -56,10 +74,15 @@ def write_table(clips: Path, path: Path) -> None:
                 writer.writerow((source.resolve(), texts[i % len(texts)], frames, height, width, 25))
 
 
-def make_real_size_encoders(folder: Path) -> tuple[Path, Path]:
-    """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl."""
+def make_real_size_encoders(folder: Path, text: bool = True) -> tuple[Path, Path]:
+    """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl.
+
+    Args:
+        text: whether T5's weights are written; its tokenizer always is.
+    """
     random_autoencoder().save_pretrained(folder / "vae")
-    random_t5(**T5_XXL).save_pretrained(folder / "t5")
+    if text:
+        random_t5(**T5_XXL).save_pretrained(folder / "t5")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     write_tokenizer(folder / "t5")
@@ -82,6 +105,23 @@ def write_tokenizer(folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
+def make_features(scratch: Path, args: argparse.Namespace, vae, t5) -> tuple[Path, Path]:
+    """(table, features of its samples, encoded by a process of its own).
+
+    Raises:
+        ConfigError: encoding failed.
+    """
+    rows, often = zip(*FEATURES, strict=True)
+    table = encode.write_table(scratch, random.Random(0).choices(rows, often, k=args.samples))
+    command = [*encode.START, "--config", args.config, "--dataset.data_path", str(table)]
+    command += ["--vae.from_pretrained", str(vae), "--text_encoder.from_pretrained", str(t5)]
+    command += ["--dataset.num_workers", str(max(1, (os.cpu_count() or 2) - 2))]
+    folder = scratch / "features"
+    if subprocess.run([*command, "--features.path", str(folder)]).returncode:
+        raise ConfigError("--features", args.samples, "its samples could not be encoded; see above")
+    return table, folder
+
+
 def summarise(metrics: Path) -> dict:
     """Median step time, tokens/s and waiting by bucket, from the second step of each on (the first warms up)."""
     by_bucket = defaultdict(list)
@@ -100,7 +140,7 @@ def summarise(metrics: Path) -> dict:
     }
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="train/configs/stage1.yaml")
     parser.add_argument("--steps", type=int, default=50)
@@ -108,17 +148,30 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the log of the run")
     parser.add_argument("--processes", type=int, default=1, help="GPUs")
     parser.add_argument("--real-size", action="store_true", help="real-size random autoencoder and T5")
+    parser.add_argument("--features", action="store_true", help="encode the samples first, and train on that")
+    parser.add_argument("--samples", type=int, default=1600, help="how many, with --features")
     parser.add_argument("overrides", nargs="*", help="further `--key value` of the training, after `--`")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if args.samples < 1:
+        raise ConfigError("--samples", args.samples, "at least 1")
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        write_table(args.clips, scratch / "table.csv")
-        vae, t5 = make_real_size_encoders(scratch) if args.real_size else ("patch-codec", "minilm-embeddings")
+        table = scratch / "table.csv"
+        vae, t5 = ("patch-codec", "minilm-embeddings")
+        if args.real_size:
+            vae, t5 = make_real_size_encoders(scratch, text=not args.features)
+        overrides = args.overrides
+        if args.features:
+            table, features = make_features(scratch, args, vae, t5)
+            overrides = ["--features.path", str(features), *overrides]
+        else:
+            write_table(args.clips, table)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(args.processes)]
         command += ["-m", "stdit_fast.train", "--config", args.config, "--steps", str(args.steps)]
-        command += ["--dataset.data_path", str(scratch / "table.csv"), "--dataset.drop_last", "false"]
+        command += ["--dataset.data_path", str(table)]
+        command += [] if args.features else ["--dataset.drop_last", "false"]
         command += ["--vae.from_pretrained", str(vae), "--text_encoder.from_pretrained", str(t5)]
-        command += ["--outputs", str(scratch / "run"), *args.overrides]
+        command += ["--outputs", str(scratch / "run"), *overrides]
         done = subprocess.run(command)
         args.out.mkdir(parents=True, exist_ok=True)
         metrics = scratch / "run" / "metrics.jsonl"
@@ -139,4 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

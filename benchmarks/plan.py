@@ -420,7 +420,7 @@ def as_dict(rows: list[Row], args: argparse.Namespace) -> dict:
 
 
 def arguments_of(given: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--recipe", default=str(CONFIGS / "recipe_v1_1.yaml"))
     parser.add_argument("--gpus", type=int, default=64)
     parser.add_argument(

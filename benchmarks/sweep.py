@@ -50,7 +50,7 @@ from stdit_fast.benchmarks.sweep_model import (
     targets,
 )
 from stdit_fast.benchmarks.sweep_step import StepMeasurer
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.media.files import whole_file
 from stdit_fast.model import memory
 from stdit_fast.model.graphs import MAX_TOKENS
@@ -697,6 +697,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         prog="stdit_fast.benchmarks.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", nargs="+", type=Path, required=True, help="training configs, one table each")
     parser.add_argument("--out", type=Path, help="folder of the tables; by default where `--buckets auto` looks first")
@@ -718,6 +719,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     for name, low, high in (
         ("step_seconds", 1e-3, 3600),
         ("longest_step", 1e-3, math.inf),
+        ("seconds", 0, math.inf),
         ("world_size", 1, 1 << 20),
         ("margin", 0, 0.5),
     ):
@@ -733,7 +735,4 @@ def read_config(path: Path) -> TrainConfig:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

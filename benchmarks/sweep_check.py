@@ -30,7 +30,7 @@ import torch
 from stdit_fast.benchmarks.records import Record, append, device_name
 from stdit_fast.benchmarks.sweep import T5_CHANNELS, read_config, worst_shapes
 from stdit_fast.benchmarks.sweep_model import GIB, Shape, imbalance, spread
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.media.files import whole_file
 from stdit_fast.model import memory
 from stdit_fast.train import bucket_tables
@@ -284,7 +284,7 @@ def run_table(
 
 def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambda: None) -> int:
     """Checks. `ready` is called when the trainer is there, before its first step."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--config", nargs="+", type=Path, required=True)
     parser.add_argument("--table", nargs="+", type=Path, required=True, help="one for each config, in that order")
     parser.add_argument(
@@ -335,7 +335,4 @@ def main(arguments: list[str] | None = None, ready: Callable[[], object] = lambd
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_command(main))

@@ -76,6 +76,7 @@ def _section(sweep: Sweep, stage: Stage, model_config) -> list[str]:
         f"<p>If every step took as long as the slowest bucket's, buckets would get {share:.0%} of their best rates on "
         f"average: the rest is recomputation, floors and rounding to whole batches.</p>",
         _picture(_step_times(rows), "Step time of each bucket, with the config's batch sizes and with these."),
+        _picture(_imbalance(rows), "Step time over the mean of the stage's buckets: 1 is even."),
         _picture(_rates(rows), "Tokens a second."),
         _picture(
             _shares(rows, sweep.conditions.device), "FLOP/s beside the tensor cores' peak; recomputing not counted."
@@ -121,13 +122,33 @@ def _axes(rows: list[Row], label: str):
     return figure, axes
 
 
-def _step_times(rows: list[Row]):
-    figure, axes = _axes(rows, "seconds a step")
+def _before_and_after(rows: list[Row], label: str, before: list[float], after: list[float]):
+    figure, axes = _axes(rows, label)
     places = range(len(rows))
-    axes.bar([i - 0.2 for i in places], [r.before.seconds for r in rows], 0.4, color=_BEFORE, label="config's sizes")
-    axes.bar([i + 0.2 for i in places], [r.choice.seconds for r in rows], 0.4, color=_OURS, label="these sizes")
+    axes.bar([i - 0.2 for i in places], before, 0.4, color=_BEFORE, label="config's sizes")
+    axes.bar([i + 0.2 for i in places], after, 0.4, color=_OURS, label="these sizes")
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderpad=0)
+    return figure, axes
+
+
+def _step_times(rows: list[Row]):
+    before, after = ([c.seconds for c in choices] for choices in _choices(rows))
+    return _before_and_after(rows, "seconds a step", before, after)[0]
+
+
+def _imbalance(rows: list[Row]):
+    columns = []
+    for choices in _choices(rows):
+        mean = sum(c.seconds for c in choices) / len(choices)
+        columns.append([c.seconds / mean for c in choices])
+    figure, axes = _before_and_after(rows, "step time over the mean", *columns)
+    axes.axhline(1, color="black", linewidth=0.8)
     return figure
+
+
+def _choices(rows: list[Row]) -> tuple[list[Choice], list[Choice]]:
+    """(the config's, those that were chosen)"""
+    return [r.before for r in rows], [r.choice for r in rows]
 
 
 def _rates(rows: list[Row]):

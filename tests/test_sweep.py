@@ -289,7 +289,7 @@ def test_the_report_is_one_page_without_links(tmp_path):
     path = tmp_path / "report.html"
     write_report(path, sweep, STDiT2Config())
     page = path.read_text()
-    assert page.count("data:image/png;base64,") == 4 and "http" not in page and 'src="data' in page
+    assert page.count("data:image/png;base64,") == 5 and "http" not in page and 'src="data' in page
     for choice in sweep.stages[0].choices.values():
         assert f"<td>{choice.shape.name}<td>" in page
     assert not list(tmp_path.glob(".*")), "no draft stays"
@@ -301,6 +301,7 @@ def test_bad_arguments_are_named(tmp_path, monkeypatch):
         (["--config", config, "--margin", "0.9"], "--margin = 0.9"),
         (["--config", config, "--world-size", "0"], "--world-size = 0"),
         (["--config", config, "--longest-step", "0"], "--longest-step = 0"),
+        (["--config", config, "--seconds", "-1"], "--seconds = -1"),
         (["--config", "no.yaml"], "there is no such file"),
     ):
         with pytest.raises(ConfigError, match=message):

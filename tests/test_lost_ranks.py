@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,54 @@ def test_a_rank_killed_in_mid_step_is_named_and_the_run_goes_on(table, tmp_path)
     assert [step for step, *_ in losses(tmp_path)] == list(range(1, 41))
 
 
+def test_a_run_goes_on_with_fewer_processes(table, tmp_path):
+    """Where a rank is lost for good the others end within a minute, and what is left goes on, sharing nothing."""
+    import psutil
+
+    args = arguments(table, tmp_path, steps=8, ckpt_every=2, sequence_parallel=2)
+    environment = os.environ | test_training.EXACT | {"GPUS": "2", "RESTARTS": "0", "PYTHON": sys.executable}
+    launcher = subprocess.Popen(
+        [LAUNCH / "one_node.sh", *args], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(tmp_path, 3, launcher)
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(launcher.pid).children()}
+    lost = ranks["0"]  # which keeps the store
+    lost.kill()
+    killed = time.monotonic()
+    output, _ = launcher.communicate(timeout=120)
+    assert time.monotonic() - killed < 60
+    assert launcher.returncode != 0
+    assert re.search(rf"error: rank 0 \(.*, process {lost.pid}\) at step \d+, .* is lost: ", output), output
+    trained = [step for step, *_ in losses(tmp_path)]
+    assert trained[-1] < 8
+
+    environment["GPUS"] = "1"
+    changes = ["--sequence_parallel", "1", "--grad_accumulation", "2"]
+    done = subprocess.run(
+        [LAUNCH / "one_node.sh", *args, *changes], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resumed from" in done.stderr or "resumed from" in done.stdout
+    assert [step for step, *_ in losses(tmp_path)] == list(range(1, 9))
+
+
+def test_slurm_starts_a_launcher_a_node(tmp_path):
+    """With what Slurm says of the job, as several_nodes.sh takes it."""
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n[ \"$1 $2 $3\" = 'show hostnames node[3-4]' ] && echo node3 && echo node4"
+    )
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$HEAD $NODES $RUN $GPUS" "$@"')
+    for name in ("scontrol", "srun"):
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8"}
+    slurm |= {"SLURM_SUBMIT_DIR": str(LAUNCH.parents[1]), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [LAUNCH / "slurm.sbatch", "--outputs", "a b"]
+    done = subprocess.run(["bash", *command], env=os.environ | slurm, capture_output=True, text=True)
+    script = LAUNCH / "several_nodes.sh"
+    assert done.stdout == f"node3 2 77 8 --kill-on-bad-exit=1 {script} --outputs a b\n", done.stderr
+    assert os.access(script, os.X_OK)
+
+
 HANGING = """
 import os, sys, time
 import torch
@@ -89,7 +138,8 @@ def test_a_rank_that_hangs_is_named_with_its_place():
     done = subprocess.run(command, env=os.environ | test_training.EXACT, capture_output=True, text=True, timeout=60)
     assert done.returncode == EXIT_STATUS, done.stderr
     standing = (
-        r"error: no rank has got on for \d+ s; the least far is rank 1 \(.*\) at step 7, loading a batch; rank {}"
+        r"error: no rank has got on for \d+ s; the least far is rank 1 \(.*\) at step 7, loading a batch, and the "
+        r"furthest is rank 0 \(.*\) at step 7, forward and backward, bucket 64p-8-1.0; rank {}"
     )
     for rank in (0, 1):
         assert re.search(standing.format(rank), done.stderr), done.stderr

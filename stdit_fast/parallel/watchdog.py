@@ -6,7 +6,7 @@ requests a rank, not the square of them. A thread does this beside the training,
 
 - Lost: the process is gone (seen at once on the same machine), or was silent for `dead_after` seconds in a step.
 - Failed: it left an error before it went.
-- Late: no rank gets on for `hang_timeout` seconds; the one that is least far is named.
+- Late: no rank gets on for `hang_timeout` seconds; the one that is least far is named, and the one that is furthest.
 """
 
 import json
@@ -123,7 +123,8 @@ class Watchdog:
         self._store = dist.PrefixStore(f"stdit_fast/{name[0]}", store)
         self._write()
         self.processes.barrier()  # so that all have written
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        places = self._read()  # by which a rank is known that is lost before the first look
+        self._thread = threading.Thread(target=self._watch, args=(places,), name="watchdog", daemon=True)
         self._thread.start()
 
     def at(self, step: int, phase: str, bucket: str = "") -> None:
@@ -152,8 +153,8 @@ class Watchdog:
 
     # ------------------------------------------------------------ the thread
 
-    def _watch(self) -> None:
-        seen: dict[int, tuple[Place, float]] = {}
+    def _watch(self, places: list[Place]) -> None:
+        seen = {place.rank: (place, time.monotonic()) for place in places}
         progress, since, warned = (), time.monotonic(), False
         unreachable = None
         while not self._stopped.wait(self.every):
@@ -165,7 +166,7 @@ class Watchdog:
             except (RuntimeError, OSError) as error:
                 unreachable = unreachable or now
                 # Rank 0 may have kept the store, and may be seen to be gone.
-                verdict = _lost([seen[0]], self.own.machine, now, self.dead_after) if 0 in seen else ""
+                verdict = _lost([seen[0]], self.own.machine, now, self.dead_after)
                 if now - unreachable > self.dead_after:
                     verdict = verdict or f"rank 0's machine is lost: its key-value store does not answer ({error})"
                 self._decide(verdict)
@@ -179,7 +180,10 @@ class Watchdog:
                 if counts != progress or any(p.phase == BESIDE for p in places):
                     progress, since, warned = counts, now, False
                 late = min(places, key=lambda p: p.progress)
+                ahead = max(places, key=lambda p: p.progress)  # it waits there, in a bucket's collective
                 standing = f"no rank has got on for {now - since:.0f} s; the least far is {late}"
+                if ahead.progress > late.progress:
+                    standing += f", and the furthest is {ahead}"
                 if now - since > self.hang_timeout / 4 and not warned and not verdict:
                     logger.warning("%s", standing)
                     warned = True

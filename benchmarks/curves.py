@@ -53,18 +53,24 @@ def run_all(
     """Losses of all runs, which go side by side: nothing is timed.
 
     Args:
-        folders: of each run, by its name; their metrics go to `out`, also those of runs that fail.
+        folders: of each run, by its name, in the order in which they begin; its metrics go to `out` as it ends, however
+            it does.
         train: makes the run of that name.
         at_once: runs side by side at most; None: as many as the pool has threads.
 
     Raises:
         SystemExit: with what each run that failed says.
     """
+
+    def run(name: str) -> np.ndarray:
+        try:
+            return train(name)
+        finally:
+            if (folders[name] / "metrics.jsonl").is_file():
+                shutil.copy(folders[name] / "metrics.jsonl", out / f"{folders[name].name}.jsonl")
+
     with ThreadPoolExecutor(at_once) as pool:
-        started = {name: pool.submit(train, name) for name in folders}
-    for folder in folders.values():
-        if (folder / "metrics.jsonl").is_file():
-            shutil.copy(folder / "metrics.jsonl", out / f"{folder.name}.jsonl")
+        started = {name: pool.submit(run, name) for name in folders}
     failures = [f"{name}: {run.exception()}" for name, run in started.items() if run.exception()]
     if failures:
         raise SystemExit("\n".join(failures))

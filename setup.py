@@ -2,7 +2,7 @@
 
 Environment:
     STDIT_FAST_CUDA        unset: built where there is a toolchain for it; 0: skipped; 1: required.
-    STDIT_FAST_CUDA_ARCHS  what to compile for, as "90a" (the default) or "90a;100a".
+    STDIT_FAST_CUDA_ARCHS  what to compile for, as "90a" (the default) or "90a;100a". Attention is for 90a in any case.
     CUDACXX, CUDA_HOME     where nvcc is, if neither on PATH nor in a usual place.
 
 Without a toolchain the install goes on in Python only; the reason is printed and recorded for

@@ -3,6 +3,7 @@
 import email
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -131,3 +132,18 @@ def test_a_whole_package_is_imported(tmp_path):
         (tmp_path / folder / "__init__.py").touch()
     shutil.copy(ROOT / "stdit_fast" / "__init__.py", tmp_path / "stdit_fast")
     assert import_in(tmp_path).returncode == 0
+
+
+@pytest.mark.skipif(not (shutil.which("nvcc") and shutil.which("ninja")), reason="no nvcc or no ninja on PATH")
+def test_other_architectures_are_compiled_for_what_is_not_hoppers_alone(sources, tmp_path):
+    command = ["cmake", "-S", str(sources), "-B", str(tmp_path), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    result = subprocess.run([*command, "-DCMAKE_CUDA_ARCHITECTURES=90a-real;100a-real"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    listed = subprocess.run(["ninja", "-t", "commands"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    of_file = {}
+    for line in listed.stdout.splitlines():
+        if found := re.search(r"-c \S+/csrc/(\S+\.cu)", line):
+            of_file[found[1]] = set(re.findall(r"sm_\w+", line))
+    assert of_file["optim/adamw.cu"] == of_file["device.cu"] == {"sm_90a", "sm_100a"}
+    hoppers = {name for name in of_file if name.startswith(("attention/", "temporal/"))}
+    assert len(hoppers) == 8 and all(of_file[name] == {"sm_90a"} for name in hoppers)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import relative_error
+from kernel_checks import DEVICE, relative_error
 
 from stdit_fast import _cuda
 from stdit_fast.ops import cublaslt, linear
@@ -113,15 +113,15 @@ def test_gradients_of_a_projection(monkeypatch):
     """
     monkeypatch.setattr(linear.registry, "use_kernel", lambda *args: True)
     for rows in (2051, 6):
-        given = [torch.randn(*shape).double().requires_grad_() for shape in ((rows, 3), (2, 3), (2,))]
-        dy = torch.randn(rows, 2).double()
+        given = [torch.randn(*s, device=DEVICE).double().requires_grad_() for s in ((rows, 3), (2, 3), (2,))]
+        dy = torch.randn(rows, 2, device=DEVICE).double()
         want = torch.autograd.grad(F.linear(*given), given, dy)
         *others, d_bias = torch.autograd.grad(linear.projection(*given), given, dy)
         for got, expected in zip(others, want, strict=False):
             torch.testing.assert_close(got, expected)
         assert relative_error(d_bias, dy.sum(0)) < 1e-5 and d_bias.dtype == torch.float64
     with pytest.raises(ValueError, match="bias"):
-        linear.projection(*given[:2], torch.zeros(3))
+        linear.projection(*given[:2], torch.zeros(3, device=DEVICE))
 
 
 @needs_gpu

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.ops import cuda_attention, library_attention
 from stdit_fast.ops.rms_norm import rms_norm
@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=10, help="in a row, of which the mean is taken")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--once", action="store_true", help="run our kernels once, for a profiler")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     for case in args.cases:
         parse_case(case)

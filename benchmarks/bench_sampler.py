@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 import stdit_fast.train
-from stdit_fast.benchmarks.records import Record, append, processor_name
+from stdit_fast.benchmarks.records import Record, append, processor_name, results_file
 from stdit_fast.train.buckets import Buckets
 from stdit_fast.train.randomness import hash_uniform
 from stdit_fast.train.sampler import BucketSampler
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=10_000_000)
     parser.add_argument("--tables", nargs="+", default=["stage1", "stage2"], help="shipped configurations")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", help="JSON-lines file to add the records to")
+    parser.add_argument("--out", type=results_file, help="JSON-lines file to add the records to")
     options = parser.parse_args()
     print(COLUMNS)
     records = []

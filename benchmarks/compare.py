@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
             remedy = "no figure stands in both; they are named by suite, case and implementation"
             raise ConfigError("files", f"{args.before} {args.after}", remedy)
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     lines, slower = compare(before, after, args.threshold)
     print("\n".join(lines))

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from stdit_fast.arguments import check_output_folder
 from stdit_fast.benchmarks import curves
 from stdit_fast.benchmarks.records import device_name
+from stdit_fast.errors import run_command
 
 SLACK = 1.3
 EXACT = "plain fp32"
@@ -56,6 +58,7 @@ def main() -> int:
     parser.add_argument("--clips", type=Path, default=Path("tests/data"))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    check_output_folder("--out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
@@ -68,4 +71,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

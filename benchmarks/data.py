@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stdit_fast.benchmarks.records import Record, append, processor_name
+from stdit_fast.benchmarks.records import Record, append, processor_name, results_file
 from stdit_fast.benchmarks.step import parse_case
 from stdit_fast.diffusion import MaskGenerator
 from stdit_fast.errors import ConfigError, run_command
@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, max(1, (os.cpu_count() or 2) - 2)}))
     parser.add_argument("--prefetch", type=int, default=2, help="batches that each process keeps ready")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each case, at least")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args(arguments)
     if not (CLIPS / SOURCE).is_file():
         raise ConfigError("clips", str(CLIPS), "its clips are read; run it in a checkout")

@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.shards import Shard, clips_name
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="decoding processes")
     parser.add_argument("--once", action="store_true", help="leave out the run that is killed")
     parser.add_argument("--small", action="store_true", help="the embedded encoders")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     parser.add_argument("overrides", nargs="*", help="further `--key value` of the configuration, after `--`")
     args = parser.parse_args(arguments)
     if args.samples < 1:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, need_gpu, results_file
 from stdit_fast.encoders.autoencoder import AUTO, VideoAutoencoder
 from stdit_fast.encoders.fused_t5 import PackedT5
 from stdit_fast.errors import ConfigError, nearest, run_command
@@ -223,12 +223,11 @@ def main() -> int:
     parser.add_argument("--impl", nargs="+", choices=sorted({*VAE_IMPLS, *T5_IMPLS}), help="default: all of a case's")
     parser.add_argument("--micro-batch", type=int, default=MICRO_BATCH, help="frames at once; 0: auto")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     for case in args.cases:
         parse_case(case)
-    if not torch.cuda.is_available():
-        raise SystemExit("the encoders at real size need a GPU, and none is visible")
+    need_gpu("encoders of real size are timed on a GPU")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     print(f"{'case':<20}{'impl':<26}{'ms':>9}{'low':>9}{'high':>9}{'TFLOP/s':>9}{'error':>10}{'GiB':>7}")
     for kind, networks in (("vae", Autoencoders), ("t5", TextEncoders)):

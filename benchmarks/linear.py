@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stdit_fast.benchmarks.ops import quantiles
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
+from stdit_fast.errors import run_command
 from stdit_fast.kernels import gelu
 from stdit_fast.ops import cublaslt
 from stdit_fast.ops.linear import column_sum_op
@@ -150,7 +151,7 @@ def main() -> int:
     parser.add_argument("--proposals", type=int, default=1, help="algorithms to try, cuBLASLt's best first")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     usable, reason = cublaslt.available()
     print(reason)
@@ -178,4 +179,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from torch import Tensor
 from stdit_fast import ops
 from stdit_fast.benchmarks.monitor import watched
 from stdit_fast.benchmarks.profile_kernel import parse_size
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, need_gpu, results_file
 from stdit_fast.errors import run_command
 from stdit_fast.kernels import gelu
 from stdit_fast.ops.cross_attention import definition as cross_attention_definition
@@ -233,11 +233,10 @@ def main() -> int:
     parser.add_argument("--sizes", nargs="+", default=["32x16x144", "5x64x256"], help="samples x frames x positions")
     parser.add_argument("--impl", nargs="+", default=list(IMPLEMENTATIONS), choices=IMPLEMENTATIONS)
     parser.add_argument("--only", help="cases whose name holds this")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     sizes = [parse_size(size) for size in args.sizes]
-    if not torch.cuda.is_available():
-        raise SystemExit("kernels are timed on a GPU, and none is visible; `pytest benchmarks/` has cases for the CPU")
+    need_gpu("kernels are timed on a GPU")
     ceiling = copy_bandwidth()
     print(f"device copy {ceiling / 1e12:.2f} TB/s\n{COLUMNS}")
     for size in sizes:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from stdit_fast.benchmarks.ops import copy_bandwidth, quantiles
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, need_gpu, results_file
 from stdit_fast.errors import run_command
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.model.stdit2 import STDiT2
@@ -206,8 +206,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["adamw", "gap"], choices=["adamw", "gap"])
     parser.add_argument("--depth", type=int, default=28, help="blocks of the model")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
+    need_gpu("the optimizer is timed on a GPU")
     config = {"depth": args.depth}
     if "adamw" in args.cases:
         measure_adamw([p.shape for p in model(**config).parameters() if p.requires_grad], args.out)

@@ -449,6 +449,9 @@ def main(arguments: list[str] | None = None) -> int:
         for key in ("gpus", "gpus_per_node", "network_gb_s", "nvlink_gb_s"):
             if not getattr(args, key) > 0:
                 raise ConfigError(key, getattr(args, key), "it must be above 0")
+        for key in ("pixels_per_second", "captions_per_second"):
+            if getattr(args, key) is not None and not getattr(args, key) > 0:
+                raise ConfigError(key, getattr(args, key), "it must be above 0; leave it out for what was measured")
         if args.check:
             return _check(args)
         if args.table:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import torch
 
+from stdit_fast.benchmarks.records import need_gpu
 from stdit_fast.errors import ConfigError, nearest, run_command
 
 OPS = (
@@ -126,8 +127,7 @@ def main() -> int:
         raise ConfigError("calls", args.calls, "at least 1")
     if args.ncu:
         return subprocess.call(ncu_command(args))
-    if not torch.cuda.is_available():
-        raise SystemExit("profile_kernel runs kernels: it needs a GPU")
+    need_gpu("kernels are profiled on a GPU")
     torch.manual_seed(0)
     call = call_of(op, args.direction, size)
     for _ in range(WARM_UP):

@@ -1,9 +1,12 @@
 """Writes the benchmark tables of README and docs from the result files: `python -m stdit_fast.benchmarks.readme`."""
 
+import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
+
+from stdit_fast.errors import ConfigError, run_command
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
@@ -384,10 +387,13 @@ def filled() -> dict[Path, str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__.partition(":")[0]).parse_args()
+    if not PAGES[0].is_file():
+        raise ConfigError("README.md", str(PAGES[0]), "it is not there; run this in a checkout, installed with -e")
     for path, text in filled().items():
         path.write_text(text)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -3,6 +3,7 @@
 A later line for the same suite, case and impl replaces an earlier one; null stands where a key does not apply.
 """
 
+import argparse
 import json
 import platform
 import shlex
@@ -13,12 +14,23 @@ from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from stdit_fast.arguments import check_output_folder
+from stdit_fast.errors import ConfigError
+
 
 def device_name() -> str:
     """The GPU's name, or the processor's."""
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def need_gpu(what: str) -> None:
+    """Raises ConfigError where no GPU is visible for `what` a benchmark does."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("GPU", None, f"{what}, and none is visible; `pytest benchmarks/` has cases for the CPU")
 
 
 def processor_name() -> str:
@@ -89,6 +101,17 @@ def command_line() -> str:
         if argument in WRITTEN:
             arguments[i + 1] = Path(arguments[i + 1]).name
     return " ".join(["python -m" if module else "python", name, shlex.join(arguments)]).rstrip()
+
+
+def results_file(path: str) -> str:
+    """The value of an option that names a file to `append` to, held against the disk before anything is measured."""
+    try:
+        if Path(path).is_dir():
+            raise ConfigError("--out", path, "it is a folder; name a file in it, like step.jsonl")
+        check_output_folder("--out", Path(path).parent)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{error.value!r}: {error.remedy}") from error
+    return path
 
 
 def append(path: str | Path, records: list[Record]) -> None:

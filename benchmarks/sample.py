@@ -19,7 +19,7 @@ import torch
 
 from stdit_fast import STDiT2
 from stdit_fast.benchmarks.monitor import watched
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.benchmarks.step import (
     IMPLEMENTATIONS,
     TOKENS_OF_TEXT,
@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--depth", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     for case in args.cases:
         parse_case(case)

@@ -32,8 +32,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.diffusion import IDDPM
+from stdit_fast.errors import run_command
 from stdit_fast.model.memory import training_reserve
 from stdit_fast.parallel import sequence
 from stdit_fast.parallel.processes import Processes, end_after, launch
@@ -516,7 +517,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="*", help="of long: those with one of these in their names; else all")
     parser.add_argument("--ctas", type=int, nargs="*", default=[], help="thread blocks of NCCL to try in long")
     parser.add_argument("--trace", help="intervals of one step's kernels go to TRACE-mix.json, TRACE-long-GPUS.json")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     parser.add_argument("--deadline", type=float, default=1800, help="seconds until a process that hangs ends")
     args = parser.parse_args()
     args.overlap = {"both": (False, True), "yes": (True,), "no": (False,)}[args.overlap]
@@ -550,4 +551,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -20,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
+from stdit_fast.arguments import check_output_folder
 from stdit_fast.benchmarks import curves
 from stdit_fast.benchmarks.records import device_name
+from stdit_fast.errors import run_command
 from stdit_fast.parallel.groups import SIZES
 
 GRACE = 20.0  # s between a launcher's end by SIGTERM and by SIGKILL
@@ -94,6 +96,7 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    check_output_folder("--out", args.out)
     begun = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+from stdit_fast.errors import ConfigError, run_command
+
 COLOURS = {"communication": "#c62828", "computation": "#1f5fa8"}
 CLOSE_UP_MS = 40.0
 
@@ -60,9 +62,11 @@ def main() -> int:
     parser.add_argument("trace", type=Path)
     parser.add_argument("picture", type=Path)
     args = parser.parse_args()
+    if not args.trace.is_file():
+        raise ConfigError("trace", str(args.trace), "there is no such file; `scaling long --trace PATH` writes one")
     plot(json.loads(args.trace.read_text()), args.picture)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -15,7 +15,7 @@ import torch
 
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks.monitor import watched
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.model import memory
 from stdit_fast.model.arena import leave_default_stream
@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--memory-gib", type=float, help="use at most this much of the GPU's memory")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--profile", help="write the kernels' times of one step of each case to this file")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     args = parser.parse_args()
     for case in args.cases:
         parse_case(case)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from stdit_fast.arguments import check_output_folder
 from stdit_fast.benchmarks import encode
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
 from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
@@ -154,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.samples < 1:
         raise ConfigError("--samples", args.samples, "at least 1")
+    check_output_folder("--out", args.out)
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         table = scratch / "table.csv"

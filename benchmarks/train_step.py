@@ -33,7 +33,7 @@ import yaml
 from torch.profiler import record_function
 
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
 from stdit_fast.benchmarks.train_run import write_tokenizer
@@ -325,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a small model and the embedded encoders")
     parser.add_argument("--trace", nargs="*", default=[], metavar="CASE", help="write timelines of two steps of these")
     parser.add_argument("--trace-to", default=".", help="folder for trace-CASE.json")
-    parser.add_argument("--out", help="results file to append to")
+    parser.add_argument("--out", type=results_file, help="results file to append to")
     parser.add_argument("overrides", nargs="*", help="further `--key value` of the training, after `--`")
     args = parser.parse_args(arguments)
     check_cases([*args.cases, *args.trace])

@@ -46,7 +46,10 @@ def parser_error(error: Exception, keys: Iterable[str]) -> ConfigError:
     expected = text[: given.start()]
     kinds = [ours for theirs, ours in _KINDS.items() if theirs in expected]
     kinds += [word for words in re.findall(r"Literal\[([^]]*)\]", expected) for word in words.split(", ")]
-    remedy = f"use {' or '.join(dict.fromkeys(kinds))}" if kinds and "tuple" not in expected else expected.strip(" .")
+    if "tuple" in expected:
+        remedy = "use values in brackets, such as [0.9, 0.999]"
+    else:
+        remedy = f"use {' or '.join(dict.fromkeys(kinds))}" if kinds else expected.strip(" .")
     return ConfigError(key, given[1], remedy)
 
 

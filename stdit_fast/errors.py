@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -46,6 +47,12 @@ def renamed(keys: Mapping[str, str]) -> Iterator[None]:
         if error.key not in keys:
             raise
         raise ConfigError(keys[error.key], error.value, error.remedy) from error
+
+
+def one_line(text: object, width: int = 400) -> str:
+    """A library's message, or what a file holds, as one line of at most `width` characters for an error's remedy."""
+    short = textwrap.shorten(str(text), width, placeholder=" ...")
+    return "".join(c if c.isprintable() else "?" for c in short)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

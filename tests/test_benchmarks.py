@@ -8,7 +8,7 @@ import pytest
 from stdit_fast import STDiT2Config
 from stdit_fast.benchmarks import attention, profile_kernel, sample, step
 from stdit_fast.benchmarks.readme import latest, sample_table
-from stdit_fast.benchmarks.records import Record, append
+from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError
 
 
@@ -100,6 +100,17 @@ def test_records(tmp_path, monkeypatch):
     assert lines[0]["command"].endswith("--cases a --out x.jsonl")
     found = latest(path)
     assert found["s", "c", "i"]["ms"] == 4.5 and found["s", "c", "j"]["ms"] == 1.0
+
+
+def test_results_go_where_they_can(tmp_path, monkeypatch, capsys):
+    """What cannot be written to is refused before anything is measured."""
+    assert results_file(str(tmp_path / "new" / "x.jsonl")) == str(tmp_path / "new" / "x.jsonl")
+    (tmp_path / "file").touch()
+    for out, message in ((tmp_path, "it is a folder; name a file in it"), (tmp_path / "file" / "x", "it is a file")):
+        monkeypatch.setattr(sys, "argv", ["step", "--out", str(out)])
+        with pytest.raises(SystemExit):
+            step.main()
+        assert message in capsys.readouterr().err
 
 
 def test_a_step_runs(tmp_path, monkeypatch, capsys):

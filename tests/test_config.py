@@ -87,6 +87,7 @@ def test_help_explains_every_key(capsys):
         ({"steps": 0}, "steps = 0: use a value at least 1"),
         ({"ema_decay": 1.5}, "ema_decay = 1.5: use a value from 0 to 1"),
         ({"adam_betas": [0.9, 1.0]}, r"adam_betas = \(0.9, 1.0\): use two values"),
+        ({"adam_betas": 0.9}, r"adam_betas = '0.9': use values in brackets, such as \[0.9, 0.999\]"),
         ({"adam_eps": -1.0}, "adam_eps = -1.0: use a value at least 0"),
         ({"scheduler": {"num_timesteps": 20}}, "scheduler.num_timesteps = 20: use a value at least 21"),
         ({"text_encoder": {"model_max_length": 1}}, "text_encoder.model_max_length = 1: use a value at least 2"),
@@ -94,6 +95,11 @@ def test_help_explains_every_key(capsys):
         ({"load": str(CONFIGS)}, "load = .* it holds no state.json"),
         ({"model": {"from_pretrained": "./absent"}}, "model.from_pretrained = './absent': there is no such folder"),
         ({"vae": {"from_pretrained": "/absent/vae"}}, "vae.from_pretrained = '/absent/vae': there is no such folder"),
+        ({"vae": {"from_pretrained": str(CONFIGS)}}, "vae.from_pretrained = .*: it holds no config.json"),
+        ({"text_encoder": {"from_pretrained": __file__}}, "text_encoder.from_pretrained = .*: this is a file"),
+        ({"model": {"from_pretrained": "absent.pth"}}, "model.from_pretrained = 'absent.pth': there is no such file"),
+        ({"model": {"from_pretrained": str(CONFIGS)}}, "model.from_pretrained = .* weights, found none"),
+        ({"seed": 2**32}, "seed = 4294967296: use a value from 0 to 4294967295"),
         ({"outputs": __file__}, "outputs = .*: it is a file; name a folder"),
         ({"features": {"validation_path": "x"}}, "features.validation_path = 'x': it would not be read"),
         ({"grad_checkpoint": 99}, "grad_checkpoint = 99"),
@@ -117,6 +123,8 @@ def test_refuses_on_the_command_line(write, tmp_path):
         (["--model.dept", "3"], "model.dept = 'command line': there is no such key; did you mean 'model.depth'"),
         (["--config", str(tmp_path / "no.yaml")], "there is no such file"),
         (["--config"], "--config = None: a YAML file must follow it"),
+        (["--learning_rat", "3"], "learning_rat = 'command line': there is no such key; did you mean 'lr'"),
+        (["--zzz", "3"], "zzz = 'command line': there is no such key; --help lists them$"),
         (["--steps"], "steps = None: a value must follow it"),
         (["lr", "3"], "command line = 'lr 3': it belongs to no key"),
     ):
@@ -124,5 +132,6 @@ def test_refuses_on_the_command_line(write, tmp_path):
             parse(["--config", write(), *arguments])
     bad = tmp_path / "bad.yaml"
     bad.write_text("lr: [1")
-    with pytest.raises(ConfigError, match="it is not YAML"):
+    with pytest.raises(ConfigError, match="it is not YAML: .*line 1, column 5") as refused:
         parse(["--config", str(bad)])
+    assert "\n" not in str(refused.value)

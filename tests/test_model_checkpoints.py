@@ -71,13 +71,24 @@ def test_unreadable_paths(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
     (tmp_path / "cut.pt").write_bytes(b"PK\x03\x04 cut")
     (tmp_path / "notes.txt").write_text("x")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "words.pt").write_text("hello")
+    for name, file in (("empty", None), ("cut_index", "model.safetensors.index.json"), ("cut_config", "config.json")):
+        (tmp_path / name).mkdir()
+        if file is not None:
+            (tmp_path / name / file).write_text('{"weight_map": ')
+    save_file({"x": torch.zeros(1)}, tmp_path / "cut_config" / "model.safetensors")
+    (tmp_path / "no_map").mkdir()
+    (tmp_path / "no_map" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
     for name, message in (
         ("absent.pt", "no such file"),
         ("cut.safetensors", "cannot be read as safetensors"),
         ("cut.pt", "cannot be read|more than tensors"),
         ("notes.txt", "ends in .safetensors"),
+        ("words.pt", "it cannot be read .*; is it complete"),
         ("empty", "found none"),
+        ("cut_index", "index.json': it cannot be read as JSON"),
+        ("cut_config", "config.json': it cannot be read as JSON"),
+        ("no_map", "its weight_map should say which file"),
     ):
         with pytest.raises(ConfigError, match=message):
             STDiT2.from_open_sora(tmp_path / name)

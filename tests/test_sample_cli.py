@@ -476,10 +476,14 @@ def test_refuses_config_files(refused, tmp_path, content, message):
 
 def test_refuses_files_that_are_no_config(refused, tmp_path):
     assert "there is no such file" in refused("--config", tmp_path / "no.yaml")
-    assert "there is no such file" in refused("--config")
+    assert "--config = None: a file must follow it" in refused("--config")
     assert "it holds no settings of this command" in refused("--config", CLIP)
     (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe\xfd")
     assert "it is not YAML" in refused("--config", tmp_path / "bad.yaml")
+    (tmp_path / "bad.yaml").write_text("prompt: [a")
+    assert "but got '<stream end>'" in refused("--config", tmp_path / "bad.yaml")  # the end, in the same line
+    (tmp_path / "bad.png").write_text("prompt: a")
+    assert f"--config = '{tmp_path / 'bad.png'}': corrupt" in refused("--config", tmp_path / "bad.png")
 
 
 # ------------------------------------------------------------------ refusals
@@ -570,7 +574,8 @@ def test_weights_that_do_not_fit(capsys, tmp_path, weights):
     assert want in failed(capsys, "--model", wide, *ENCODERS)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "it should hold one model's weights, found none" in failed(capsys, "--model", empty, *ENCODERS)
+    want = f"model = '{empty}': it should hold one model's weights, found none"
+    assert want in failed(capsys, "--model", empty, *ENCODERS)
     absent = ["--vae", tmp_path / "absent", "--text_encoder", "minilm-embeddings"]
     assert f"vae = '{tmp_path}/absent': there is no such folder" in failed(capsys, "--model", weights, *absent)
 

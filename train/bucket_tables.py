@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, one_line
 from stdit_fast.media.files import whole_file
 from stdit_fast.resolutions import is_int
 
@@ -146,7 +146,7 @@ def read(path: str | Path) -> BucketTable:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError("bucket_sizes", str(path), f"it cannot be read ({error}); {_SWEEP}") from error
+        raise ConfigError("bucket_sizes", str(path), f"it cannot be read ({one_line(error)}); {_SWEEP}") from error
     if not isinstance(content, Mapping) or content.get("format") != FORMAT:
         raise ConfigError("bucket_sizes", str(path), f"it is no table of bucket sizes of format {FORMAT}; {_SWEEP}")
     content = dict(content)

@@ -1,9 +1,7 @@
 """From a configuration to the objects of a run: data, encoders, model, optimizer."""
 
-import json
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
@@ -17,7 +15,7 @@ from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.ops.registry import REFERENCE
 from stdit_fast.parallel.processes import Processes
 from stdit_fast.train.buckets import Buckets
-from stdit_fast.train.config import TrainConfig, make_buckets, model_config
+from stdit_fast.train.config import TrainConfig, make_buckets, model_config, weights_format
 from stdit_fast.train.dataset import VideoTextDataset, make_loader
 from stdit_fast.train.degrees import sequence_sizes
 from stdit_fast.train.features import Features, StoredTexts
@@ -64,13 +62,14 @@ def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data
     if data_path is not None:
         key, folder = "features.validation_path", config.features.validation_path
     features = None if folder is None else Features(folder, key)
+    buckets = make_buckets(config)
+    degrees = sequence_sizes(config.sequence_parallel, buckets, config.model.hidden_size, processes.world_size)
     if not processes.is_main:
         processes.barrier()  # the main process probes what is missing; the others find its cache
     known = None if features is None else features.samples
     metadata = load_metadata(table, cache_dir=config.dataset.cache_dir, progress=processes.is_main, known=known)
     if processes.is_main:
         processes.barrier()
-    buckets = make_buckets(config)
     if features is not None:
         features.check(config, metadata, buckets)
         if processes.is_main:
@@ -86,7 +85,7 @@ def build_data(config: TrainConfig, processes: Processes, diffusion: IDDPM, data
         rank=processes.rank,
         grad_accumulation=config.grad_accumulation,
         drop_last=config.dataset.drop_last,
-        degrees=sequence_sizes(config.sequence_parallel, buckets, config.model.hidden_size, processes.world_size),
+        degrees=degrees,
     )
     dataset = VideoTextDataset(
         metadata,
@@ -172,7 +171,7 @@ def build_model(config: TrainConfig, caption_channels: int) -> STDiT2:
     if source is None:
         with renamed({"backend": "model.backend"}):
             return STDiT2(wanted)
-    kind, backend, key = _weights_format(config), config.model.backend, "model.from_pretrained"
+    kind, backend, key = weights_format(config), config.model.backend, "model.from_pretrained"
     with renamed({"checkpoint": key, "backend": "model.backend"}):
         if kind == "pixart":
             model = STDiT2.from_pixart(source, wanted)
@@ -193,18 +192,6 @@ def build_model(config: TrainConfig, caption_channels: int) -> STDiT2:
         if (choice := getattr(config.model, key)) is not None and choice != getattr(model.config, key):
             raise ConfigError(f"model.{key}", choice, f"the weights at {source} were trained with {not choice}")
     return model
-
-
-def _weights_format(config: TrainConfig) -> str:
-    if config.model.format != "auto":
-        return config.model.format
-    path = Path(config.model.from_pretrained)
-    if path.suffix == ".pth":
-        return "pixart"
-    described = path / "config.json"
-    if described.is_file():
-        return "stdit-fast" if json.loads(described.read_text()).get("model_type") == "stdit2" else "open-sora"
-    return "open-sora" if path.exists() else "stdit-fast"
 
 
 def build_optimizer(config: TrainConfig, model: STDiT2) -> torch.optim.AdamW:

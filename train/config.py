@@ -5,6 +5,7 @@ Names follow Open-Sora's own configs where it has them (`dataset`, `vae`, `text_
 """
 
 import dataclasses
+import difflib
 import importlib.util
 import logging
 import sys
@@ -19,8 +20,8 @@ from jsonargparse import ArgumentParser, Namespace
 from stdit_fast.arguments import check_output_folder, check_range, parser_error
 from stdit_fast.diffusion import SCHEDULES, MaskGenerator
 from stdit_fast.encoders.autoencoder import check_micro_batch_size
-from stdit_fast.encoders.weights import check_name
-from stdit_fast.errors import ConfigError, nearest, renamed
+from stdit_fast.encoders.weights import check_encoder, check_name
+from stdit_fast.errors import ConfigError, nearest, one_line, renamed
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.parallel.processes import launched_processes
 from stdit_fast.train import bucket_tables
@@ -36,7 +37,7 @@ DTYPES = ("auto", "bf16", "fp32")
 # The least that numbers may be.
 LEAST: dict[float, tuple[str, ...]] = {
     0: (
-        *("lr", "weight_decay", "adam_eps", "grad_clip", "warmup_steps", "seed", "sampling.seed"),
+        *("lr", "weight_decay", "adam_eps", "grad_clip", "warmup_steps", "sampling.seed"),
         *("dataset.num_workers", "validation.every", "sampling.every"),
     ),
     2**-10: ("features.shard_mib",),
@@ -50,6 +51,8 @@ LEAST: dict[float, tuple[str, ...]] = {
 }
 MODEL_FORMATS = ("auto", "stdit-fast", "open-sora", "pixart")
 WEIGHTINGS = ("batch", "sample")
+SEEDS = 2**32  # NumPy's generator, which ColossalAI seeds, takes no more
+SHOWN_KEYS = 20  # by an error
 # What other trainers call it, and what stands here for it.
 OTHER_NAMES = {
     **{"learning_rate": "lr", "batch_size": "buckets", "epochs": "steps", "num_epochs": "steps", "max_steps": "steps"},
@@ -428,7 +431,7 @@ def read_yaml(key: str, path: Path, remedy: str) -> dict:
     try:
         content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(key, str(path), f"it is not YAML: {error}") from error
+        raise ConfigError(key, str(path), f"it is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(key, str(path), "it should hold keys and values")
     return content
@@ -458,8 +461,12 @@ def _check_command_line(arguments: list[str]) -> None:
 
 
 def _meant(key: str, known: typing.Iterable[str]) -> str:
-    """A phrase that offers the key that was meant."""
-    return f"did you mean {OTHER_NAMES[key]!r}?" if key in OTHER_NAMES else nearest(key, known)
+    """A phrase that offers the key that was meant, also where it was called and spelled otherwise."""
+    known = list(known)
+    close = difflib.get_close_matches(key, [*known, *OTHER_NAMES], n=1)
+    if close:
+        return f"did you mean {OTHER_NAMES.get(close[0], close[0])!r}?"
+    return nearest(key, known) if len(known) <= SHOWN_KEYS else "--help lists them"
 
 
 # ------------------------------------------------------------------ checking
@@ -501,6 +508,7 @@ def _check_values(config: TrainConfig) -> None:
     for least, keys in LEAST.items():
         for key in keys:
             check_range(key, get(config, key), least)
+    check_range("seed", config.seed, 0, SEEDS - 1)
     for key in ("ema_decay", "dataset.max_bad_share"):
         check_range(key, get(config, key), 0, 1)
     if not all(0 <= beta < 1 for beta in config.adam_betas):
@@ -551,15 +559,35 @@ def _check_files(config: TrainConfig) -> None:
 
 
 def check_weights(config: TrainConfig, *, encoders: bool) -> None:
-    """Refuses weights that are named by a path where nothing lies, before the data is read, which may take long.
+    """Refuses weights that are not there, before the data is read, which may take long; a hub is not asked.
 
     Args:
         encoders: whether they are loaded; training on features knows them by name only.
     """
-    keys = ("model", "vae", "text_encoder") if encoders else ("model",)
-    for key in (f"{part}.from_pretrained" for part in keys):
-        if (name := get(config, key)) is not None:
+    for key in ("vae.from_pretrained", "text_encoder.from_pretrained") if encoders else ():
+        check_encoder(key, get(config, key))
+    name, key = config.model.from_pretrained, "model.from_pretrained"
+    if name is None:
+        return
+    from stdit_fast.model import checkpoints  # brings in the model
+
+    with renamed({"checkpoint": key}):
+        if weights_format(config) == "stdit-fast" and not Path(name).exists():
             check_name(key, name)
+        else:
+            checkpoints.weight_files(name)
+
+
+def weights_format(config: TrainConfig) -> str:
+    """Of `model.from_pretrained`: as `model.format` says, or as its name and its config.json do."""
+    from stdit_fast.model.checkpoints import is_ours
+
+    if config.model.format != "auto":
+        return config.model.format
+    path = Path(config.model.from_pretrained)
+    if path.suffix == ".pth":
+        return "pixart"
+    return "stdit-fast" if is_ours(path) or not path.exists() else "open-sora"
 
 
 def get(config: TrainConfig, key: str):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from stdit_fast.arguments import check_output_folder
 from stdit_fast.errors import ConfigError
 
 # clip -> caption of each shot of it, by its first frame
@@ -65,6 +66,7 @@ def make_demo_data(clips: Path, folder: Path, *, whole_shots: bool = False, repe
     missing = [name for name in CAPTIONS if not (clips / name).is_file()]
     if missing:
         raise ConfigError("clips", str(clips), f"{', '.join(missing)} is not there; give the folder tests/data")
+    check_output_folder("outputs", folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for name in tqdm(CAPTIONS, desc="cutting clips", unit="clip"):

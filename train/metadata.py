@@ -18,7 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, one_line
 from stdit_fast.media.read import DEFAULT_FPS, BadSample, probe
 
 REQUIRED = {"path": pa.string(), "text": pa.string()}
@@ -160,7 +160,7 @@ def _read_table(path: Path) -> pa.Table:
     try:
         return readers[suffix.lower()](path)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError("dataset.data_path", str(path), f"the table cannot be read: {error}") from error
+        raise ConfigError("dataset.data_path", str(path), f"the table cannot be read: {one_line(error)}") from error
 
 
 def _wanted(path: Path, columns: list[str]) -> dict[str, pa.DataType]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stdit_fast.encoders.fused_t5 import PackedT5, why_not
 from stdit_fast.encoders.weights import load_pretrained, require_all_keys
-from stdit_fast.errors import NODEPS_INSTALL, ConfigError
+from stdit_fast.errors import NODEPS_INSTALL, ConfigError, one_line
 from stdit_fast.ops.registry import check_backend, described, serves
 
 MINILM = "minilm-embeddings"
@@ -152,7 +152,7 @@ def _load_t5(key: str, name_or_path: str, source: str, local_files_only: bool, d
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
     except (ValueError, ImportError) as error:
-        remedy = f"its tokenizer cannot be read; a spiece.model needs `pip install sentencepiece` ({error})"
+        remedy = f"its tokenizer cannot be read; a spiece.model needs `pip install sentencepiece` ({one_line(error)})"
         raise ConfigError(key, name_or_path, remedy) from error
     model, info = T5EncoderModel.from_pretrained(
         source, dtype=dtype, local_files_only=local_files_only, output_loading_info=True

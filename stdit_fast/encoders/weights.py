@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, one_line
 
 T = TypeVar("T")
 
+REASON_WIDTH = 200  # of what a library says, whose further sentences are about other cases
 HUB_TIMEOUT_S = 10  # a hub that cannot be reached is otherwise retried for most of a minute a file
 
 
@@ -25,8 +26,6 @@ def load_pretrained(key: str, name_or_path: str, load: Callable[[str, bool], T])
     folder = Path(name_or_path).expanduser()
     if name_or_path and folder.is_dir():
         return _report(key, name_or_path, lambda: load(str(folder), True))
-    if folder.is_file():
-        raise ConfigError(key, name_or_path, "this is a file; give the folder that holds config.json and the weights")
     check_name(key, name_or_path)
     try:
         return load(name_or_path, True)
@@ -42,10 +41,20 @@ def load_pretrained(key: str, name_or_path: str, load: Callable[[str, bool], T])
 
 
 def check_name(key: str, name_or_path: str) -> None:
-    """Raise ConfigError if this is a path and nothing lies there. No hub is asked whether it has such a name."""
-    there = name_or_path and Path(name_or_path).expanduser().exists()
-    if not there and (not name_or_path or _looks_like_path(name_or_path)):
+    """Raise ConfigError if this is a path and no folder lies there. No hub is asked whether it has such a name."""
+    path = Path(name_or_path).expanduser()
+    if path.is_file():
+        raise ConfigError(key, name_or_path, "this is a file; give the folder that holds config.json and the weights")
+    if not name_or_path or (not path.exists() and _looks_like_path(name_or_path)):
         raise ConfigError(key, name_or_path, "there is no such folder; give a local folder or a hub name (owner/name)")
+
+
+def check_encoder(key: str, name_or_path: str) -> None:
+    """`check_name`, and a folder must hold the config.json of an encoder, its own or that of a pipeline's ``vae``."""
+    check_name(key, name_or_path)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir() and not any((folder / part / "config.json").is_file() for part in ("", "vae")):
+        raise ConfigError(key, name_or_path, "it holds no config.json; give the folder that has it beside the weights")
 
 
 def hooked(module) -> bool:
@@ -116,5 +125,4 @@ def _report(key: str, name_or_path: str, load: Callable[[], T]) -> T:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    return f"{type(error).__name__}: {one_line(error, REASON_WIDTH)}"

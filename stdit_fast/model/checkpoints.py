@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stdit_fast.errors import ConfigError
+from stdit_fast.errors import ConfigError, one_line
 from stdit_fast.model.config import STDiT2Config
 from stdit_fast.model.stdit2 import STDiT2
 
@@ -83,6 +83,63 @@ class Mismatch:
         return f"the checkpoint does not fit the model; {'; '.join(parts)}"
 
 
+def read_json(path: Path) -> dict:
+    """Keys and values of a small file beside weights. Raises ConfigError where it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("checkpoint", str(path), f"it cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError("checkpoint", str(path), "it should hold keys and values")
+    return content
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `save_pretrained` of an STDiT2 wrote a folder, by its config.json."""
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == STDiT2Config.model_type
+
+
+def weight_files(path: str | Path) -> list[Path]:
+    """The files that `read_state_dict` reads, found from names and small files alone, their headers checked.
+
+    Raises:
+        ConfigError: nothing there, or nothing that could be read.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError("checkpoint", str(path), "there is no such file or folder; give the path of a checkpoint")
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):  # which looks whether the file is as long as its header says
+                return [path]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError("checkpoint", str(path), f"it cannot be read as safetensors ({error})") from error
+    if path.suffix not in TORCH_SUFFIXES:
+        remedy = f"give a folder or a file that ends in .safetensors, {', '.join(TORCH_SUFFIXES)}"
+        raise ConfigError("checkpoint", str(path), remedy)
+    return [path]
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """An index's shards, or the one weights file in the folder or in its `model` folder."""
+    for index in sorted(folder.glob("*.index.json")):
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise ConfigError("checkpoint", str(index), "its weight_map should say which file holds which tensor")
+        return [file for shard in sorted(set(shards.values())) for file in weight_files(folder / shard)]
+    files = sorted(f for f in folder.iterdir() if f.suffix == ".safetensors")
+    files = files or sorted(f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES)
+    if len(files) == 1:
+        return weight_files(files[0])
+    if not files and (folder / "model").is_dir():
+        return _files_of_folder(folder / "model")
+    found = ", ".join(f.name for f in files) or "none"
+    raise ConfigError("checkpoint", str(folder), f"it should hold one model's weights, found {found}; name the file")
+
+
 def read_state_dict(path: str | Path) -> StateDict:
     """Reads tensors from a .safetensors, .pt, .pth or .bin file, or from a folder that holds one model.
 
@@ -92,26 +149,20 @@ def read_state_dict(path: str | Path) -> StateDict:
     Raises:
         ConfigError: nothing there, nothing readable, or a file that would need pickled code to run.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ConfigError("checkpoint", str(path), "there is no such file or folder; give the path of a checkpoint")
-    if path.is_dir():
-        return _read_folder(path)
+    return {key: value for file in weight_files(path) for key, value in _read_file(file).items()}
+
+
+def _read_file(path: Path) -> StateDict:
     if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ConfigError("checkpoint", str(path), f"it cannot be read as safetensors ({error})") from error
-    if path.suffix not in TORCH_SUFFIXES:
-        remedy = f"give a folder or a file that ends in .safetensors, {', '.join(TORCH_SUFFIXES)}"
-        raise ConfigError("checkpoint", str(path), remedy)
+        return load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         remedy = "it holds more than tensors and is not read, as that would run code from it; convert it to safetensors"
         raise ConfigError("checkpoint", str(path), remedy) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ConfigError("checkpoint", str(path), f"it cannot be read ({error}); is it complete?") from error
+    except Exception as error:  # what is no pickle at all fails anywhere in the reader
+        remedy = f"it cannot be read ({type(error).__name__}: {one_line(error)}); is it complete?"
+        raise ConfigError("checkpoint", str(path), remedy) from error
     for wrapper in ("state_dict", "model", "ema"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -119,21 +170,6 @@ def read_state_dict(path: str | Path) -> StateDict:
     if not tensors:
         raise ConfigError("checkpoint", str(path), "it holds no tensors by name; give a state dict")
     return {key.removeprefix("module."): value for key, value in tensors.items()}
-
-
-def _read_folder(folder: Path) -> StateDict:
-    """The tensors of a folder: an index with its shards, or the one weights file in it or in its `model` folder."""
-    for index in sorted(folder.glob("*.index.json")):
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return {k: v for shard in shards for k, v in read_state_dict(folder / shard).items()}
-    files = sorted(f for f in folder.iterdir() if f.suffix == ".safetensors")
-    files = files or sorted(f for f in folder.iterdir() if f.suffix in TORCH_SUFFIXES)
-    if len(files) == 1:
-        return read_state_dict(files[0])
-    if not files and (folder / "model").is_dir():
-        return _read_folder(folder / "model")
-    found = ", ".join(f.name for f in files) or "none"
-    raise ConfigError("checkpoint", str(folder), f"it should hold one model's weights, found {found}; name the file")
 
 
 def load_state_dict(model: torch.nn.Module, state_dict: StateDict, source: str, *, strict: bool = True) -> Mismatch:
@@ -177,7 +213,7 @@ def load_open_sora(path: str | Path, *, strict: bool = True, **config_changes) -
     state_dict = read_state_dict(path)
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     config_file = folder / "config.json"
-    found = json.loads(config_file.read_text()) if config_file.is_file() else _shape_of(state_dict, path)
+    found = read_json(config_file) if config_file.is_file() else _shape_of(state_dict, path)
     found |= {"qk_norm_legacy": True, "final_layer_legacy": True}
     model = STDiT2(STDiT2Config.from_dict(found | config_changes))
     load_state_dict(model, state_dict, str(path), strict=strict)

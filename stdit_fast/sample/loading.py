@@ -1,6 +1,5 @@
 """What `python -m stdit_fast.sample` samples with: found from small files first, then loaded."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch
 from stdit_fast.diffusion.schedulers import SCHEDULERS, make_scheduler
 from stdit_fast.encoders import load_autoencoder, load_text_encoder
 from stdit_fast.encoders.weights import load_pretrained
-from stdit_fast.errors import ConfigError
-from stdit_fast.model.checkpoints import newest_checkpoint
+from stdit_fast.errors import ConfigError, renamed
+from stdit_fast.model.checkpoints import is_ours, newest_checkpoint, read_json, weight_files
 from stdit_fast.model.stdit2 import STDiT2
 from stdit_fast.sample.pipeline import STDiT2Pipeline
 from stdit_fast.sample.settings import Settings
@@ -48,6 +47,7 @@ class Source:
     dtype: str
 
 
+@renamed({"checkpoint": "model"})
 def find_source(settings: Settings) -> Source:
     """What the settings name; reads nothing that is large.
 
@@ -98,9 +98,9 @@ def _find_weights(model: str, weights: str) -> tuple[str, str]:
         return STDIT2, model
     if (path / "model_index.json").is_file():
         return PIPELINE, str(path)
-    config = path / "config.json"
-    is_ours = config.is_file() and _read_json(config).get("model_type") == "stdit2"
-    return STDIT2 if is_ours else OPEN_SORA, str(path)
+    kind = STDIT2 if is_ours(path) else OPEN_SORA
+    weight_files(path)
+    return kind, str(path)
 
 
 def _find_checkpoint(path: Path) -> Path | None:
@@ -124,10 +124,10 @@ def _choose_weights(checkpoint: Path, weights: str) -> Path:
 
 def _of_pipeline(path: Path) -> dict:
     """What a saved pipeline samples with."""
-    name = _read_json(path / "model_index.json").get("_class_name")
+    name = read_json(path / "model_index.json").get("_class_name")
     if name != STDiT2Pipeline.__name__:
         raise ConfigError("model", str(path), f"it holds a {name}; an STDiT2Pipeline is needed")
-    saved = _read_json(path / "scheduler" / "scheduler_config.json")
+    saved = read_json(path / "scheduler" / "scheduler_config.json")
     names = {cls.__name__: name for name, cls in SCHEDULERS.items()}
     found = {"num_train_timesteps": saved.get("num_train_timesteps", 1000)}
     return found | ({"scheduler": names[saved["_class_name"]]} if saved.get("_class_name") in names else {})
@@ -138,7 +138,7 @@ def _of_run(path: Path) -> dict:
     state = path.parent / "state.json"
     if not state.is_file():
         return {}
-    config = _read_json(state).get("config") or {}
+    config = read_json(state).get("config") or {}
     found = {
         "vae": (config.get("vae") or {}).get("from_pretrained"),
         "text_encoder": (config.get("text_encoder") or {}).get("from_pretrained"),
@@ -147,16 +147,7 @@ def _of_run(path: Path) -> dict:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError("model", str(path), f"it cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError("model", str(path), "it should hold keys and values")
-    return content
-
-
+@renamed({"checkpoint": "model"})
 def load_pipeline(source: Source, backend: str = "auto") -> STDiT2Pipeline:
     """The pipeline, on its device.
 

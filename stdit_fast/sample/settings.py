@@ -12,7 +12,7 @@ from jsonargparse import ArgumentParser
 
 from stdit_fast.arguments import check_output_folder, check_range, parser_error
 from stdit_fast.diffusion.schedulers import SCHEDULERS
-from stdit_fast.errors import ConfigError, nearest
+from stdit_fast.errors import ConfigError, nearest, one_line, renamed
 from stdit_fast.media.write import MAX_FPS, MIN_FPS, read_metadata
 from stdit_fast.ops.registry import BACKENDS
 
@@ -156,7 +156,10 @@ def _expand(arguments: list[str], given: set[str]) -> list[str]:
         if name != "--config":
             expanded.append(argument)
             continue
-        for key, value in _read_config(Path(path or next(rest, ""))).items():
+        path = path or next(rest, "")
+        if not path:
+            raise ConfigError("--config", None, "a file must follow it: YAML, or one that this command wrote")
+        for key, value in _read_config(Path(path)).items():
             if not isinstance(value, list):
                 expanded.append(f"--{key}={value}")
             elif key not in given:
@@ -169,12 +172,13 @@ def _read_config(path: Path) -> dict[str, str | list[str]]:
     if not path.is_file():
         raise ConfigError("--config", str(path), "there is no such file; give a YAML file")
     if path.suffix.lower().removeprefix(".") in FORMATS[1:]:
-        content = _as_texts(path, read_metadata(path).get("settings", ""))
+        with renamed({"path": "--config"}):
+            content = _as_texts(path, read_metadata(path).get("settings", ""))
     else:
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError("--config", str(path), f"it is not YAML: {error}") from error
+            raise ConfigError("--config", str(path), f"it is not YAML: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise ConfigError("--config", str(path), "it should hold keys and values")
     for key, value in content.items():

@@ -37,8 +37,7 @@ def output_size(
     """
     if height is None and width is None:
         if resolution is None:
-            given = {"resolution": resolution, "height": height, "width": width}
-            raise ConfigError("resolution", given, "give a resolution, such as '240p', or height and width")
+            raise ConfigError("resolution", None, "give a resolution, such as '240p', or height and width")
         return _size_in_table(str(resolution), aspect_ratio, resolutions)
     for name, value in (("resolution", resolution), ("aspect_ratio", aspect_ratio)):
         if value is not None:

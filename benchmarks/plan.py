@@ -43,7 +43,7 @@ DEFAULT_GPU = "h100-80gb"
 ENCODED_FRAMES, CAPTIONS = "vae-272x240x424", "t5-17-full"  # cases of the encoders' suite; captions of 200 tokens
 PHASE_KEYS = {"phase", "steps", "table", "data", "days", "images_only"}
 RECIPE_KEYS = {"gpus", "gpu", "days", "phases", "frame_interval", "data", "sizes", "encoders"}
-OPTIONAL_KEYS = {"original", "original_seconds"}
+OPTIONAL_KEYS = {"original", "original_parts", "original_seconds"}
 COLUMNS = (
     f"{'phase':<10}{'steps':>8}{'s a step':>21}{'days, features':>21}{'days, online':>21}{'original, online':>21}"
     f"{'report':>8}{'measured':>10}"

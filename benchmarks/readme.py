@@ -33,10 +33,11 @@ def headline_table(results: Path, recipe: Path) -> str:
     import yaml
 
     records = {}
-    for suite in ("step", "attention", "encoders", "optimizer"):
+    for suite in ("step", "attention", "encoders", "optimizer", "train_step"):
         records |= latest(results / f"{suite}.jsonl")
-    stages = yaml.safe_load(recipe.read_text())["original"].values()
-    original = {case: ms for stage in stages for case, ms in stage.items()}
+    content = yaml.safe_load(recipe.read_text())
+    original = {case: ms for stage in content["original"].values() for case, ms in stage.items()}
+    whole = sum(content["original_parts"]["240p-16-17"].values())
 
     def attention(case: str, impl: str) -> float:
         return sum(records["attention", f"{case}-{way}", impl]["ms"] for way in ("forward", "backward"))
@@ -48,6 +49,12 @@ def headline_table(results: Path, recipe: Path) -> str:
             ("240p-16-17", "17 clips of 16 frames, 240p"),
             ("720p-16-2", "2 clips of 16 frames, 720p"),
         )
+    ]
+    encoding = "encoding in the step"
+    rows += [
+        (f"whole training step of those 17 clips, {what}", records["train_step", case, "stdit_fast"]["ms"], peer, whole)
+        for case, what in (("240p-16-17-online", encoding), ("240p-16-17-features", "on features made before"))
+        for peer in (f"Open-Sora 1.1, {encoding}",)
     ]
     rows += [
         (f"attention within frames of {case.split('x')[1]} tokens, QK-norm inside", attention(case, "cuda"), peer, its)
@@ -202,6 +209,25 @@ def loading_table(path: Path) -> str:
         rows.append(f"| {r['case']} | {r['ms']:.1f} | {rate:.1f} | {cores} | {rate / max(1, cores):.1f} |")
     machine = f"{_machine(records)[:-1]}; {records[0]['notes']['machine_cores']} cores."
     return "\n".join([*rows, "", machine, "", "`python -m stdit_fast.benchmarks.data`"])
+
+
+def encode_table(path: Path) -> str:
+    """Markdown: how fast a data table was encoded into features, and what they take on the disk."""
+    rows = [
+        "| stage's sizes, samples | samples a second | clips a second | decoding processes | KiB a sample "
+        "| of latents | clips | of text | tokens |",
+        "| --- " * 9 + "|",
+    ]
+    records = list(latest(path).values())
+    for r in records:
+        own = r["notes"]
+        stage, _, samples = r["case"].partition("-")
+        rates = [f"{own[f'{what}_per_second']:.1f}" for what in ("samples", "clips")]
+        kib = [own[f"{kind}_per_sample"] / 1024 for kind in ("bytes", "latent_bytes", "text_bytes")]
+        clips, tokens = (own[what] / own["samples"] for what in ("clips", "tokens"))
+        cells = [f"{stage}, {samples}", *rates, str(own["workers"]), f"{kib[0]:,.0f}", f"{kib[1]:,.0f}", f"{clips:.2f}"]
+        rows.append(f"| {' | '.join(cells)} | {kib[2]:,.0f} | {tokens:.0f} |")
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.encode --once`"])
 
 
 def encoders_table(path: Path) -> str:
@@ -360,6 +386,7 @@ def tables() -> dict[str, str]:
         ),
         "optimizer h100": optimizer_table(h100 / "optimizer.jsonl"),
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
+        "encode h100": encode_table(h100 / "encode.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
         "train_step h200": train_step_table(results / "train_step.jsonl"),
         "train_step_mixed h100": train_step_table(h100 / "train_step_mixed.jsonl", " --mixed"),

@@ -484,10 +484,10 @@ def test_validation_and_samples_beside_features(trainer, features, table):
 # ------------------------------------------------------------- kills, processes, damage
 
 
-def start(args: list[str], processes: int = 1) -> list[subprocess.Popen]:
+def start(args: list[str], processes: int = 1, settings: dict = EXACT) -> list[subprocess.Popen]:
     """Processes as a launcher starts them."""
     command = [sys.executable, "-m", "stdit_fast.train.encode", *args]
-    environment = {key: value for key, value in os.environ.items() if key not in PLACE} | EXACT
+    environment = {key: value for key, value in os.environ.items() if key not in PLACE} | settings
     options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if processes == 1:
         return [subprocess.Popen(command, env=environment, **options)]
@@ -498,9 +498,9 @@ def start(args: list[str], processes: int = 1) -> list[subprocess.Popen]:
     return [subprocess.Popen(command, env=environment | group | place, **options) for place in places]
 
 
-def run(args: list[str], processes: int = 1) -> str:
+def run(args: list[str], processes: int = 1, settings: dict = EXACT) -> str:
     """What they said, when all have ended well."""
-    started = start(args, processes)
+    started = start(args, processes, settings)
     said = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, said
     return said[0]
@@ -538,6 +538,17 @@ def test_killed_it_goes_on_with_two_processes(table, tmp_path):
     assert f"shards: {total}, {len(finished)} of them finished" in output and "on 2 x cpu" in output
     assert all((folder / "shards" / name).stat().st_mtime_ns == then for name, then in finished.items())
     assert equal_features(folder, tmp_path / "whole")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_make_what_one_makes(table, tmp_path):
+    """Which of them made a shard shows in no byte."""
+    changes = {"features.crops": 6, "features.shard_mib": 0.05, "features.latents": "bf16", "features.text": "fp8"}
+    for processes in (1, 2):
+        args = arguments(table, **changes, **{"features.path": tmp_path / str(processes)})
+        said = run(args, processes, {"TOKENIZERS_PARALLELISM": "false"})
+        assert f"on {processes} x {torch.cuda.get_device_name()}" in said
+    assert equal_features(tmp_path / "1", tmp_path / "2")
 
 
 def test_a_finished_folder_is_left_alone(copied, table):

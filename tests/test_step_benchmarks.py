@@ -179,10 +179,16 @@ def test_the_tables_of_steps_and_loading(tmp_path):
     step = {"suite": "train_step", "case": "a-1-2-online", "impl": "x", "ms": 100.0, "peak_gib": 50.0, "notes": notes}
     notes = {"clips_per_second": 20.0, "cores": 4, "machine_cores": 16}
     loading = {"suite": "loading", "case": "loader-a", "impl": "x", "ms": 50.0, "peak_gib": None, "notes": notes}
-    for name, record in (("step", step), ("loading", loading)):
+    notes = {"samples": 10, "clips": 25, "tokens": 1100, "workers": 3}
+    notes |= {"samples_per_second": 6.04, "clips_per_second": 15.1, "bytes_per_sample": 1536 * 1024}
+    notes |= {"latent_bytes_per_sample": 512 * 1024, "text_bytes_per_sample": 1024 * 1024}
+    encoding = {"suite": "encode", "case": "stage2-10", "impl": "x", "ms": 165.0, "peak_gib": None, "notes": notes}
+    for name, record in (("step", step), ("loading", loading), ("encode", encoding)):
         (tmp_path / name).write_text(json.dumps(common | record) + "\n")
     assert (
         "| a-1-2-online, 3 of the blocks recomputed | 100 (90 to 120) | 1.0 | 20.0 | 5.0 | 65.0 | 9.0 | 65.0% | 50.0 |"
         in (readme.train_step_table(tmp_path / "step"))
     )
     assert "| loader-a | 50.0 | 20.0 | 4 | 5.0 |" in readme.loading_table(tmp_path / "loading")
+    expected = "| stage2, 10 | 6.0 | 15.1 | 3 | 1,536 | 512 | 2.50 | 1,024 | 110 |"
+    assert expected in readme.encode_table(tmp_path / "encode")

@@ -745,6 +745,36 @@ def test_a_full_disk_before_and_on_the_way(table, features, tmp_path, monkeypatc
     assert equal_features(tmp_path / "full", features)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_estimate_of_time_is_of_all_processes_at_once(table, tmp_path, monkeypatch, workers):
+    """Decoding that takes ten times as long, but beside another process: nothing else knows of it."""
+    from stdit_fast.train.encode_plan import ClipDataset
+
+    both = tmp_path / "decoding"
+    both.mkdir()
+
+    def slow(self, request):
+        mark = both / str(os.getpid())
+        mark.touch()
+        time.sleep(request.pixels * 2e-7)
+        beside = len(list(both.iterdir())) > 1
+        time.sleep(request.pixels * 18e-7 * beside)
+        mark.unlink()
+        return {"request": request}
+
+    changes = {"features.path": tmp_path / "features", "features.crops": 6, "dataset.num_workers": workers}
+    from stdit_fast.parallel.processes import launch
+
+    job = tool.prepare(parse(arguments(table, **changes)), launch(0))
+    parts = tool.parts_to_do(job)
+    monkeypatch.setattr(ClipDataset, "__getitem__", slow)
+    monkeypatch.setattr(tool.Encoder, "clips", lambda self, batch: None)
+    monkeypatch.setattr(tool, "_time_captions", lambda *_: (5.0, 0.0))
+    found, pixels = tool.estimate(job, tool.Encoder(job), parts).seconds, int(job.plan.pixels.sum())
+    expected = pixels * (2e-6 / workers if workers else 2e-7)
+    assert expected * 0.6 < found < expected * 2, (found, expected)
+
+
 def test_the_command_line(table, tmp_path, capsys):
     args = arguments(table, **{"features.path": tmp_path / "features", "text_encoder.model_max_length": 8})
     assert tool.main(args) == 0

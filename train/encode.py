@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from stdit_fast.arguments import check_output_folder, start_log
@@ -59,7 +60,7 @@ MADE_WITH = (
     *("features.crops", "features.latents", "features.text", "features.posterior", "features.shard_mib"),
 )
 CAPTIONS_AT_ONCE = 64
-PROBES, PROBE_SECONDS = 8, 10.0  # batches and time of the timed start, at most
+PROBES, PROBE_SECONDS = 8, 10.0  # batches of the timed start, or one a decoding process; its time, about
 SECONDS_BETWEEN_LISTINGS = 2.0
 SPEED = ("samples_per_second", "clips_per_second", "seconds", "made_on")
 MIB = 2**20
@@ -302,22 +303,41 @@ def _time_captions(job: Job, encoder: "Encoder", rows: np.ndarray) -> tuple[floa
     return tokens / len(captions), (time.perf_counter() - started) / len(captions)
 
 
-def _time_clips(job: Job, encoder: "Encoder", parts: list[int]) -> tuple[float, float]:
-    """Seconds that it takes to decode, and to encode, a pixel."""
-    some = [parts[i] for i in np.unique(np.linspace(0, len(parts) - 1, PROBES).astype(int))]
-    requests = list(job.plan.requests(some))
-    chosen = [requests[i] for i in np.unique(np.linspace(0, len(requests) - 1, PROBES).astype(int))]
-    dataset, begun = job.dataset, time.perf_counter()
-    encoder.clips(dataset[chosen[0]])  # warms up
-    pixels = decoding = encoding = 0.0
-    for request in chosen:
+class _Timed(Dataset):
+    """Another data set, whose batches say how long they took to decode."""
+
+    def __init__(self, dataset: ClipDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, request) -> dict:
         started = time.perf_counter()
-        batch = dataset[request]
-        decoded = time.perf_counter()
+        batch = self.dataset[request]
+        return batch | {"seconds": time.perf_counter() - started}
+
+
+def _time_clips(job: Job, encoder: "Encoder", parts: list[int]) -> tuple[float, float]:
+    """Seconds that it takes one process to decode a pixel while the others do so too, and this one to encode it."""
+    workers = job.config.dataset.num_workers
+    probes = max(PROBES, workers)  # processes that decode take from each other: all do
+    some = [parts[i] for i in np.unique(np.linspace(0, len(parts) - 1, probes).astype(int))]
+    requests = list(job.plan.requests(some))
+    chosen = [requests[i] for i in np.unique(np.linspace(0, len(requests) - 1, probes).astype(int))]
+    loader = make_loader(
+        _Timed(job.dataset),
+        chosen,
+        num_workers=workers,
+        pin_memory=job.processes.device.type == "cuda",
+        prefetch_factor=1,
+    )
+    begun, pixels, decoding, encoding = time.perf_counter(), 0, 0.0, 0.0
+    for batch in loader:
+        if not pixels:
+            encoder.clips(batch)  # warms up
+        started = time.perf_counter()
         encoder.clips(batch)
-        pixels += request.pixels
-        decoding += decoded - started
-        encoding += time.perf_counter() - decoded
+        pixels += batch["request"].pixels
+        decoding += batch["seconds"]
+        encoding += time.perf_counter() - started
         if time.perf_counter() - begun > PROBE_SECONDS:
             break
     return decoding / pixels, encoding / pixels

@@ -13,7 +13,6 @@ A step lasts from one step's end to the next on the GPU's clock, waiting include
 
 import argparse
 import csv
-import gc
 import itertools
 import random
 import statistics
@@ -45,7 +44,7 @@ from stdit_fast.train.demo_data import CAPTIONS
 from stdit_fast.train.encode import encode
 from stdit_fast.train.pending import Clock
 from stdit_fast.train.sampler import BatchRequest
-from stdit_fast.train.trainer import Trainer
+from stdit_fast.train.trainer import Trainer, free_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 CLIP, CLIP_FRAMES = ROOT / "tests" / "data" / "bigbuckbunny.mp4", 132
@@ -354,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
             if kind == "features":
                 make_features(config)
             run_kind(kind, own, rows, config, args)
-            free_memory()
+            between_runs()
     return 0
 
 
@@ -363,14 +362,13 @@ def make_features(config: TrainConfig) -> None:
     from stdit_fast.parallel.processes import launch
 
     encode(config, launch(config.seed))
-    free_memory()
+    between_runs()
 
 
-def free_memory() -> None:
+def between_runs() -> None:
     """Gives back what nothing uses any more: the next trainer chooses by what is free how much it recomputes."""
-    gc.collect()
+    free_memory()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
         print(f"held beside the next: {torch.cuda.memory_allocated() / 2**30:.2f} GiB", flush=True)
 
 

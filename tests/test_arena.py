@@ -1,5 +1,6 @@
 """Memory that CUDA graphs and ordinary steps share: how it is divided, and that neither writes over the other's."""
 
+import gc
 import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from stdit_fast.model import arena as arena_module
 from stdit_fast.model import memory
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.model.graphs import BlockGraphs
+from stdit_fast.train.trainer import free_memory
 
 GIB = 1 << 30
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU")
@@ -168,6 +170,20 @@ def test_an_arena_that_is_given_up_is_given_back(how, monkeypatch, other_stream)
     monkeypatch.setattr(BlockGraphs, "_make_arena", spy)
     step(fused, given["image" if how == "capture" else "large"])
     assert held > 0 and taken == [0] and fused.graphs.arena is not first and first.reserved_bytes() == 0
+
+
+@needs_gpu
+def test_what_a_deleted_model_held_is_there_for_the_next(monkeypatch, other_stream):
+    fused, given = trained(monkeypatch), batches()
+    fused.set_cuda_graphs(True)
+    for _ in range(2):
+        step(fused, given["small"])
+    pool = fused.graphs.arena.id
+    del fused
+    gc.collect()
+    assert sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool)) > 0
+    free_memory()
+    assert sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(pool)) == 0
 
 
 @needs_gpu

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from stdit_fast.model import disposal
+from stdit_fast.train.trainer import free_memory
 
 
 class Thing:
@@ -42,6 +43,15 @@ def test_what_is_rubbish_waits_until_it_is_asked_for(ended):
         disposal.destroy_retired()
         assert ended == []
     disposal.destroy_retired()
+    assert ended == ["graph", "pool"]
+
+
+def test_a_new_run_asks_for_it(ended):
+    """Of a trainer that is gone: its graphs' memory would be missing to the next in its process."""
+    owner = Owner(ended)
+    owner.itself = owner
+    del owner
+    free_memory()
     assert ended == ["graph", "pool"]
 
 

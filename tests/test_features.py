@@ -392,6 +392,17 @@ def real_encoders(tmp_path_factory):
     return {"vae.from_pretrained": folder / "vae", "text_encoder.from_pretrained": folder / "t5"}
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_make_what_one_makes(table, tmp_path, real_encoders):
+    """Which of them made a shard shows in no byte."""
+    changes = {"features.crops": 6, "features.shard_mib": 0.05, "features.latents": "bf16", "features.text": "fp8"}
+    for processes in (1, 2):
+        args = arguments(table, **changes, **real_encoders, **{"features.path": tmp_path / str(processes)})
+        said = run(args, processes, {"TOKENIZERS_PARALLELISM": "false"})
+        assert f"on {processes} x {torch.cuda.get_device_name()}" in said
+    assert len(shards_of(tmp_path / "1")) > 3 and equal_features(tmp_path / "1", tmp_path / "2")
+
+
 def first_batches(trainer, count: int) -> list[dict]:
     return list(itertools.islice(trainer.data.loader(trainer.config, pin_memory=False), count))
 
@@ -538,17 +549,6 @@ def test_killed_it_goes_on_with_two_processes(table, tmp_path):
     assert f"shards: {total}, {len(finished)} of them finished" in output and "on 2 x cpu" in output
     assert all((folder / "shards" / name).stat().st_mtime_ns == then for name, then in finished.items())
     assert equal_features(folder, tmp_path / "whole")
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_two_gpus_make_what_one_makes(table, tmp_path):
-    """Which of them made a shard shows in no byte."""
-    changes = {"features.crops": 6, "features.shard_mib": 0.05, "features.latents": "bf16", "features.text": "fp8"}
-    for processes in (1, 2):
-        args = arguments(table, **changes, **{"features.path": tmp_path / str(processes)})
-        said = run(args, processes, {"TOKENIZERS_PARALLELISM": "false"})
-        assert f"on {processes} x {torch.cuda.get_device_name()}" in said
-    assert equal_features(tmp_path / "1", tmp_path / "2")
 
 
 def test_a_finished_folder_is_left_alone(copied, table):

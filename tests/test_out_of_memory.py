@@ -8,6 +8,7 @@ import os
 import subprocess
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_passes_that_are_chosen_are_the_same_to_rounding(trainer, tmp_path, monk
 
     asked, most = [], 2
     monkeypatch.setattr(STDiT2, "samples_at_once", lambda self, shape, held: asked.append(shape) or most)
-    chosen = trainer("chosen", **CHANGES | {"split_batches": "true"})
+    chosen = trainer("chosen", **CHANGES)
     chosen.train()
     assert asked and len(asked) == len(set(asked)) and chosen.last_parts == 2
     assert chosen.pieces.count == 0 and chosen.pieces.limits == {}
@@ -177,11 +178,17 @@ def test_passes_that_are_chosen_are_the_same_to_rounding(trainer, tmp_path, monk
         assert mine == pytest.approx(other, rel=2e-4), (mine, other)
     for name, mine in zip(chosen.state.names, chosen.optimizer.masters, strict=True):
         assert (mine.cpu() - whole[1][name]).abs().max() <= 1e-4
-    fixed = trainer("fixed", **CHANGES | {"split_batches": "true", "grad_checkpoint": 1, "steps": 1})
-    plain = trainer("plain", **CHANGES | {"steps": 1})
+    fixed = trainer("fixed", **CHANGES | {"grad_checkpoint": 1, "steps": 1})
+    plain = trainer("plain", **CHANGES | {"split_batches": "false", "steps": 1})
     count = len(asked)
     fixed.train(), plain.train()
-    assert len(asked) == count, "a number of blocks was asked for, or nothing"
+    assert len(asked) == count, "a number of blocks was asked for, or no passes"
+    several = trainer("several", **CHANGES)
+    batch = {"bucket": 0, "noise": torch.empty(4, 4, 2, 6, 6), "request": SimpleNamespace(parts=1)}
+    several.processes = replace(several.processes, world_size=2)
+    assert several._at_once(batch) == 4 and len(asked) == count, "on several GPUs, where true is to be said"
+    several.config.split_batches = True
+    assert several._at_once(batch) == most and len(asked) == count + 1
 
 
 def test_half_of_what_ran_at_once_is_less_than_was_chosen():

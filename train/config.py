@@ -270,8 +270,9 @@ class TrainConfig:
         ema_decay: of the averaged weights; 0: none are kept.
         grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
             GPU's memory), false, true (all blocks), or a number of blocks.
-        split_batches: with "auto", a batch runs in several passes over fewer samples where these are estimated to be
-            faster than to recompute blocks, unless a table of batch sizes says how. Not tried as a whole on a GPU yet.
+        split_batches: where grad_checkpoint is "auto", a batch runs in several passes over fewer samples if these are
+            estimated to be faster than to recompute blocks, unless a table of batch sizes says how: "auto" (on one
+            GPU), true (on any number: not tried on several), false.
         encode_ahead: online encoders work on the next batch while the GPU still has this step's work, on a stream of
             their own. The same numbers; costs memory, and gains nothing where it was measured (docs/kernels.md).
         overlap_communication: with "zero2" on several ranks, gradients travel while the backward pass goes on, and
@@ -324,7 +325,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
     grad_checkpoint: bool | int | typing.Literal["auto"] = "auto"
-    split_batches: bool = False
+    split_batches: bool | typing.Literal["auto"] = "auto"
     encode_ahead: bool = False
     overlap_communication: bool = False
     cuda_graphs: bool = True

@@ -16,6 +16,7 @@ import torch
 
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.pixels import from_pixels
+from stdit_fast.model import disposal
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.allocator import expand_segments
@@ -49,6 +50,15 @@ class TrainingError(RuntimeError):
     """The run cannot go on, and says why."""
 
 
+def free_memory() -> None:
+    """Gives back what nothing needs any more, CUDA graphs of models that are gone and their memory too."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    disposal.destroy_retired()
+    torch.cuda.empty_cache()
+
+
 class Trainer:
     """One run on this process; all processes of the run hold one each.
 
@@ -61,6 +71,7 @@ class Trainer:
         if config.expandable_segments is True or (config.expandable_segments == "auto" and launched_processes() == 1):
             logger.info(expand_segments())  # before anything is there
         self.processes = launch(config.seed)
+        free_memory()  # what an earlier run of this process has left
         early = config.share_memory is True
         if config.cuda_graphs and (early or (config.share_memory == "auto" and self.processes.world_size == 1)):
             leave_default_stream(self.processes.device)  # before anything is there: memory belongs to a stream
@@ -112,9 +123,7 @@ class Trainer:
         self._told_to_stop = False  # by a signal to this process
         self._stopping = False  # agreed by all processes, so that they leave after the same step
         self._restore()
-        if self.device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        free_memory()
         self.optimizer.make_state()
         self._held = torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
         self.last_parts = 1  # of the last batch
@@ -339,8 +348,11 @@ class Trainer:
     def _at_once(self, batch: dict) -> int:
         """How many samples to run at once, as far as that is chosen before memory runs out."""
         bucket, shape = self.data.buckets[batch["bucket"]], batch["noise"].shape
-        wanted = self.config.split_batches and self.config.grad_checkpoint == "auto"
-        if not wanted or bucket.checkpointed is not None or batch["request"].parts > 1:
+        split = self.config.split_batches
+        wanted = split is True or (split == "auto" and self.processes.world_size == 1)
+        if not wanted or self.config.grad_checkpoint != "auto":
+            return shape[0]
+        if bucket.checkpointed is not None or batch["request"].parts > 1:
             return shape[0]
         if shape not in self._chosen:
             self.state.model.set_checkpointing("auto")  # a bucket before this one may have had a number
@@ -351,9 +363,7 @@ class Trainer:
         """Gives back what nothing needs, the CUDA graphs' own memory too: they are captured anew as buckets come."""
         if self.state.model.graphs is not None:
             self.state.model.graphs.release(after_failure=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _agree_on_pieces(self, step: int, count: int) -> None:
         """Brings the sizes that processes have lowered to all of them."""

@@ -192,8 +192,9 @@ def train_step_table(path: Path, options: str = "") -> str:
     for r in records:
         own = r["notes"]["parts"]
         times = [*(own[part] for part in parts), own["forward"] + own["backward"], own["optimizer"]]
-        blocks = r["notes"]["checkpointed_blocks"]
-        case = f"{r['case']}, {blocks} of the blocks recomputed" if blocks else r["case"]
+        blocks, passes = r["notes"]["checkpointed_blocks"], r["notes"].get("pieces", 1)
+        case = f"{r['case']}, in {passes} passes" if passes > 1 else r["case"]
+        case += f", {blocks} of the blocks recomputed" if blocks else ""
         cells = [f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})", *(f"{ms:.1f}" for ms in times)]
         cells += [f"{r['notes']['transformer_share']:.1%}", f"{r['peak_gib']:.1f}"]
         rows.append(f"| {case} | {' | '.join(cells)} |")
@@ -388,6 +389,7 @@ def tables() -> dict[str, str]:
         "encoders h100": encoders_table(h100 / "encoders.jsonl"),
         "encode h100": encode_table(h100 / "encode.jsonl"),
         "train_step h100": train_step_table(h100 / "train_step.jsonl"),
+        "train_step_whole h100": train_step_table(h100 / "train_step_whole.jsonl", " -- --split_batches false"),
         "train_step h200": train_step_table(results / "train_step.jsonl"),
         "train_step_mixed h100": train_step_table(h100 / "train_step_mixed.jsonl", " --mixed"),
         "loading h100": loading_table(h100 / "loading.jsonl"),

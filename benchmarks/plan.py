@@ -306,10 +306,9 @@ def _basis(recipe: Recipe, rows: list[Row], args: argparse.Namespace, sizes: Siz
         f"  measured: the share of computing time in the last column; bounds: the repeats' spread and "
         f"{BETWEEN_MACHINES:.0%} between machines",
     ]
-    fits = list(
-        {id(r.times.fit): r.times.fit for r in rows if r.times.fit is not None and r.features.measured < 1}.values()
-    )
-    lines += [f"  extrapolated: a fit to {f.points} steps, residuals {f.error:.1%}, counted twice" for f in fits]
+    fits = [r.times.fit for r in rows if r.times.fit is not None and r.features.measured < 1 - 1e-6]  # less rounding
+    told = (f"  extrapolated: a fit to {f.points} steps, residuals {f.error:.1%}, counted twice" for f in fits)
+    lines += dict.fromkeys(told)
     if any(r.times.extra for r in rows):
         extra = max(r.times.extra for r in rows)
         lines.append(f"  those steps had no optimizer: {1e3 * extra:.0f} ms were added, give or take half")

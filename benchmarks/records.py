@@ -89,7 +89,7 @@ class Record:
 
 
 # Options that name what is written; where that lay is no part of how to repeat it.
-WRITTEN = ("--out", "--records", "--benchmark-json", "--trace")
+WRITTEN = ("--out", "--metrics", "--records", "--benchmark-json", "--trace")
 
 
 def command_line() -> str:

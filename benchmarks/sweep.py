@@ -54,6 +54,7 @@ from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.media.files import whole_file
 from stdit_fast.model import memory
 from stdit_fast.model.graphs import MAX_TOKENS
+from stdit_fast.parallel.allocator import expand_segments
 from stdit_fast.train import bucket_tables
 from stdit_fast.train.bucket_tables import BucketTable, Entry
 from stdit_fast.train.buckets import Buckets
@@ -515,9 +516,10 @@ def code_fingerprint(*more: str) -> str:
 def read_probes(path: Path, conditions: Conditions) -> tuple[list[Probe], list[Probe]]:
     """(probes of an earlier sweep under the same conditions, hints: those of other kernels).
 
-    A line that a kill left half written is passed over. Small steps are no hints: CUDA graphs took memory in these.
+    What was measured again counts as it was the last time. A line that a kill left half written is passed over. Small
+    steps are no hints: CUDA graphs took memory in these.
     """
-    probes: list[Probe] = []
+    probes: dict[tuple, Probe] = {}
     hints: dict[tuple, Probe] = {}
     wanted = json.loads(json.dumps(_fingerprint(conditions)))
     for line in path.read_text().splitlines() if path.is_file() else ():
@@ -538,11 +540,12 @@ def read_probes(path: Path, conditions: Conditions) -> tuple[list[Probe], list[P
             notes.get("keeps_activations", False),
             notes.get("pieces", 1),
         )
+        step = probe.shape, probe.batch, probe.checkpointed, probe.pieces
         if notes["conditions"].get("code") == wanted["code"]:
-            probes.append(probe)
+            probes[step] = probe
         elif probe.shape.tokens(probe.at_once) > MAX_TOKENS:
-            hints[probe.shape, probe.batch, probe.checkpointed, probe.pieces] = probe
-    return probes, list(hints.values())
+            hints[step] = probe
+    return list(probes.values()), list(hints.values())
 
 
 def known_encoding(path: Path, of: dict, shapes: list[Shape]) -> EncodingCost | None:
@@ -583,6 +586,8 @@ def main(arguments: list[str] | None = None) -> int:
     modes = {"auto": [not with_features], "on": [True], "off": [False], "both": [False, True]}[args.encoders]
     from stdit_fast.benchmarks.sweep_report import write_report  # which knows this module
 
+    if args.world_size == 1:
+        _say(expand_segments())  # as training on one GPU does; else gaps between pieces of many sizes cost time
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     if args.memory_gib:

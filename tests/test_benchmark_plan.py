@@ -205,6 +205,16 @@ def test_the_recipe(tmp_path, capsys):
     assert mid / 2 < json.loads(out.read_text())["days"]["features"][1] < 0.6 * mid
 
 
+def test_a_plan_names_a_fit_once_and_where_one_serves(tmp_path, capsys):
+    """The shipped tables have every bucket, to rounding; where some are missing a fit is named."""
+    assert plan.main(["--gpus", "64", "--tables", "h100-80gb"]) == 0
+    assert "extrapolated: a fit" not in capsys.readouterr().out
+    made_up_table(tmp_path)
+    assert plan.main(["--gpus", "64", "--tables", str(tmp_path)]) == 0
+    fits = [line for line in capsys.readouterr().out.splitlines() if "extrapolated: a fit" in line]
+    assert fits and len(fits) == len(set(fits))
+
+
 def test_speeds_of_the_encoders(tmp_path, monkeypatch):
     recipe = plan.Recipe.read(RECIPE)
     monkeypatch.setattr(plan, "RESULTS", tmp_path)

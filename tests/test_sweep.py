@@ -161,6 +161,11 @@ def test_an_interrupted_sweep_goes_on_where_it_stopped(tmp_path):
     sweep.run()
     again = {(p.shape, p.batch, p.checkpointed, p.pieces) for p in known} & set(gpu.calls)
     assert not again
+    first = replace(known[0], seconds=(9.0, 9.0))
+    (tmp_path / "again.jsonl").write_bytes(file.read_bytes())
+    append(tmp_path / "again.jsonl", [as_record(first, CONDITIONS, config)])
+    again, _ = read_probes(tmp_path / "again.jsonl", CONDITIONS)
+    assert len(again) == len(sweep.model.probes) and again[0].median == 9, "the last measurement of a step counts"
     assert len(read_probes(file, CONDITIONS)[0]) == len(sweep.model.probes), (
         "none is lost to the line that was half written"
     )

@@ -3,9 +3,9 @@
     python -m stdit_fast.benchmarks.attention --cases 96x144 128x256 --out attention.jsonl
 
 A case is sequences x length, of 16 heads of 72 or --head-dim in bfloat16, and a direction. "cuda" is our kernel on
-packed qkv, with the RMSNorm of q and k inside; "cudnn" and "flash_attention_2" are PyTorch's, on contiguous q, k and v,
-without norm. Each is first held against explicit softmax in float64. Several calls in a row, captured as a CUDA graph,
-are timed on the GPU's clock.
+packed qkv, with the RMSNorm of q and k inside. "cudnn" and "flash_attention_2" are PyTorch's; "flash-attn-3" and
+"flash-attn-4" are there where those are installed; all on contiguous q, k and v, without norm. Each is first held
+against explicit softmax in float64. Several calls in a row, captured as a CUDA graph, are timed on the GPU's clock.
 
 --once runs each of our kernels once and times nothing, for a profiler:
 
@@ -13,6 +13,7 @@ are timed on the GPU's clock.
 """
 
 import argparse
+import functools
 import itertools
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from stdit_fast.benchmarks import peers
 from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.ops import cuda_attention, library_attention
@@ -28,6 +30,7 @@ from stdit_fast.ops.rms_norm import rms_norm
 HEADS, HEAD_DIM, EPS = 16, 72, 1e-6
 OURS = "cuda"
 LIBRARIES = ("cudnn", "flash_attention_2")
+PEERS = ("flash-attn-3", "flash-attn-4")  # of benchmarks/peers.py
 CASES = ("96x144", "128x256", "64x400", "64x1024", "32x1590", "16x3600")
 TOLERANCE = 2e-2  # relative error, some roundings to bfloat16
 BUSY_CYCLES = 400_000  # that the GPU is kept busy while a graph is launched, about 0.2 ms
@@ -100,6 +103,41 @@ def library_calls(x: Inputs, name: str) -> tuple[Callable, Callable]:
     return lambda: [library.forward(q, k, v)[0].transpose(1, 2)], backward
 
 
+def peer_calls(x: Inputs, attention: peers.Attention) -> tuple[Callable, Callable]:
+    """The same of a function from q, k, v [N, S, H, D] to o that autograd differentiates."""
+    leaves = [part.contiguous().requires_grad_() for part in x.qkv.unbind(2)]
+    with torch.cuda.stream(capture_stream()):  # autograd goes back on the stream on which it came
+        capture_stream().wait_stream(torch.cuda.default_stream())
+        o = attention(*leaves)
+    torch.cuda.current_stream().wait_stream(capture_stream())
+
+    def bare_backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(o, leaves, x.d_o, retain_graph=True)
+
+    def backward() -> list[Tensor]:
+        return [torch.stack(bare_backward(), 2)]
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            return [attention(*leaves)]
+
+    backward.bare = bare_backward
+    return forward, backward
+
+
+def installed_peers() -> tuple[list[str], list[str]]:
+    """The peers that are there, and of each other one why it is not."""
+    there, absent = [], []
+    for name in PEERS:
+        try:
+            peers.ATTENTION[name]()
+        except peers.Absent as reason:
+            absent.append(f"{name}: {reason}")
+        else:
+            there.append(name)
+    return there, absent
+
+
 def errors(x: Inputs, results: list[Tensor], norm: bool) -> list[float]:
     """Relative errors of o and of qkv's gradient on the first sequence, against float64."""
     qkv = x.qkv[:1].double().requires_grad_()
@@ -114,15 +152,20 @@ def errors(x: Inputs, results: list[Tensor], norm: bool) -> list[float]:
     ]
 
 
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()
+
+
 def timed(call: Callable, calls: int, repeats: int) -> list[float]:
     """Milliseconds of a call, each repeat the mean of some in a row, as one CUDA graph: no launch is waited for."""
-    side = torch.cuda.Stream()
+    side = capture_stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # what is made at a first call is not made while a graph is captured
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         for _ in range(calls):
             call()
     graph.replay()
@@ -143,7 +186,10 @@ def run(case: str, head_dim: int, impl: str, args: argparse.Namespace) -> list[R
     sequences, length = parse_case(case)
     x = Inputs(sequences, length, head_dim)
     case = case_name(case, head_dim)
-    forward, backward = our_calls(x) if impl == OURS else library_calls(x, impl)
+    if impl in peers.ATTENTION:
+        forward, backward = peer_calls(x, peers.ATTENTION[impl]())
+    else:
+        forward, backward = our_calls(x) if impl == OURS else library_calls(x, impl)
     found = errors(x, forward() + backward(), norm=impl == OURS)
     if not max(found) < TOLERANCE:
         raise RuntimeError(f"{impl} is wrong at {case}: relative errors of o and d_qkv {found}")
@@ -169,7 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--head-dim", nargs="+", type=int, default=[HEAD_DIM], choices=cuda_attention.HEAD_DIMS)
-    parser.add_argument("--impl", nargs="+", default=[OURS, *LIBRARIES], choices=[OURS, *LIBRARIES])
+    parser.add_argument("--impl", nargs="+", choices=[OURS, *LIBRARIES, *PEERS], help="by default all that there are")
     parser.add_argument("--calls", type=int, default=10, help="in a row, of which the mean is taken")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--once", action="store_true", help="run our kernels once, for a profiler")
@@ -187,8 +233,14 @@ def main() -> int:
             backward()
         torch.cuda.synchronize()
         return 0
+    there, absent = installed_peers()
+    for reason in absent:
+        if args.impl is None:
+            print(reason)
+        elif reason.partition(":")[0] in args.impl:
+            raise ConfigError("impl", reason.partition(":")[0], f"{reason}; leave it out")
     print(COLUMNS)
-    for case, head_dim, impl in itertools.product(args.cases, args.head_dim, args.impl):
+    for case, head_dim, impl in itertools.product(args.cases, args.head_dim, args.impl or [OURS, *LIBRARIES, *there]):
         records = run(case, head_dim, impl, args)
         for r in records:
             print(f"{r.case:<22}{impl:<20}{r.ms:>9.4f}{r.ms_low:>9.4f}{r.ms_high:>9.4f}"

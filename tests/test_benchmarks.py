@@ -1,12 +1,14 @@
 """The benchmarks' arithmetic and records; a step is run, none is timed."""
 
+import argparse
 import json
 import sys
 
 import pytest
+import torch
 
 from stdit_fast import STDiT2Config
-from stdit_fast.benchmarks import attention, profile_kernel, sample, step
+from stdit_fast.benchmarks import attention, peers, profile_kernel, sample, step
 from stdit_fast.benchmarks.readme import latest, sample_table
 from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.errors import ConfigError
@@ -31,6 +33,26 @@ def test_attention_is_counted_as_published():
     for bad in ("96", "96x", "0x4", "axb"):
         with pytest.raises(ConfigError, match="write sequences x length"):
             attention.parse_case(bad)
+
+
+def test_attention_is_held_against_what_is_installed(monkeypatch):
+    def absent():
+        raise peers.Absent("not installed")
+
+    monkeypatch.setitem(peers.ATTENTION, "flash-attn-3", peers.ATTENTION["sdpa-math"])
+    monkeypatch.setitem(peers.ATTENTION, "flash-attn-4", absent)
+    assert attention.installed_peers() == (["flash-attn-3"], ["flash-attn-4: not installed"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_peer_is_checked_and_timed_as_others_are(monkeypatch):
+    monkeypatch.setitem(peers.ATTENTION, "flash-attn-3", peers.ATTENTION["sdpa-flash"])
+    options = argparse.Namespace(calls=2, repeats=3)
+    records = attention.run("4x70", attention.HEAD_DIM, "flash-attn-3", options)
+    assert [r.case for r in records] == ["4x70-forward", "4x70-backward"] and all(r.ms > 0 for r in records)
+    monkeypatch.setitem(peers.ATTENTION, "flash-attn-3", lambda: lambda q, k, v: v * q.sigmoid() + k)
+    with pytest.raises(RuntimeError, match="flash-attn-3 is wrong at 4x70"):
+        attention.run("4x70", attention.HEAD_DIM, "flash-attn-3", options)
 
 
 def test_a_kernel_is_profiled_by_name(tmp_path, monkeypatch):

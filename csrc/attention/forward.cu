@@ -6,10 +6,10 @@
 // 64 queries, in registers, and normalises them there: scores by wgmma; softmax in registers; p from registers times v.
 // The next tile's scores are asked for before p v of this one.
 //
-// Many keys: all that a unit would do for k is too much for those warps. k comes normalised then, as an image in
-// scratch memory that a kernel before makes (key_image.h). Or, of heads that leave no columns for what the backward
-// pass needs (kRoundsLongKeys), the warps only find the factors that would normalise k, by which the scores are
-// multiplied.
+// More keys than stay in the ring: all that a unit would do for k is too much for those warps. k comes normalised then,
+// as an image in scratch memory that a kernel before makes (key_image.h). Or, of heads that leave no columns for what
+// the backward pass needs (kRoundsLongKeys), the warps only find the factors that would normalise k, by which the scores
+// are multiplied.
 //
 // The consumers take turns at asking for products (turns.h): one has them made while the others exponentiate.
 //
@@ -622,8 +622,8 @@ int64_t tiles_of(const stdit_attention& call) {
   return ceil_div(call.queries, F::kQueries) * ceil_div(call.keys, F::kKeys);
 }
 
-// Up to so many keys seven warps have the time to normalise them; of more an image is made.
-constexpr int64_t kMostKeysWithoutImage = 1100;
+// Up to so many keys, which stay in the ring, seven warps normalise them where they lie; of more an image is made.
+constexpr int64_t kMostKeysWithoutImage = 512;
 
 // Calls f(a kernel) with the one that serves a call.
 template <int D, class F>

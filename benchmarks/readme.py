@@ -286,7 +286,7 @@ def sweep_table(folder: Path) -> str:
             f"{even['waiting']:.0%} | {even['original_waiting']:.0%} | {peak:.0f} |"
         )
     records = [{"device": t.device, "versions": t.versions, "date": t.date} for t in tables]
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep`"])
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep --config CONFIG...`"])
 
 
 def scaling_table(path: Path) -> str:
@@ -301,7 +301,7 @@ def scaling_table(path: Path) -> str:
         spread = f"{r['ms']:.1f} ({r['ms_low']:.1f} to {r['ms_high']:.1f})"
         cells = f"{'-' if rate is None else f'{rate:,}'} | {'-' if together is None else f'{together:.1%}'}"
         rows.append(f"| {r['case']} | {r['impl']} | {spread} | {cells} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.scaling`"])
+    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.scaling mix long sample`"])
 
 
 def _of_alone(r: dict, records: list[dict]) -> float | None:
@@ -343,7 +343,8 @@ def sweep_check_table(path: Path) -> str:
             f"{slow / min(seconds) - 1:.0%} | {slow / mean - 1:.0%} | {off} | {peak:.0f} | "
             f"{own[0]['notes']['out_of_memory_of_all']} times |"
         )
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep_check`"])
+    command = "`python -m stdit_fast.benchmarks.sweep_check --config CONFIG... --table TABLE...`"
+    return "\n".join([*rows, "", _machine(records), "", command])
 
 
 def plan_table() -> str:

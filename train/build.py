@@ -111,7 +111,11 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def build_encoders(config: TrainConfig, device: torch.device):
-    """(autoencoder, text encoder), frozen, on `device`; on kernels where they can be served, but for a plain model."""
+    """(autoencoder, text encoder), frozen, on `device`; on kernels where they can be served, but for a plain model.
+
+    Raises:
+        ConfigError: weights that cannot be read, or latents of another width than the model's.
+    """
     dtype = encoder_dtype(device)
     backend = REFERENCE if config.model.backend == REFERENCE else "auto"
     vae = load_autoencoder(

@@ -648,7 +648,7 @@ def _kept(table: dict) -> tuple[tuple[str, int], ...]:
 
 
 def resolutions_file(name: str | None) -> Path | None:
-    """A table of sizes: the user's file of that name, else one that stands beside the shipped configs."""
+    """A table of sizes: the user's file of that name, else one beside the shipped configs, else a ConfigError."""
     if name is None or Path(name).is_file():
         return None if name is None else Path(name)
     shipped = Path(__file__).with_name("configs") / name

@@ -41,7 +41,7 @@ def sequence_sizes(setting: int | str | Mapping, buckets: Buckets, channels: int
 
 
 def check_setting(setting: object) -> None:
-    """Holds the form of the setting; what needs the number of processes is left to `sequence_sizes`."""
+    """Raises ConfigError for what has no setting's form; the number of processes is left to `sequence_sizes`."""
     if isinstance(setting, Mapping):
         for resolution, entries in setting.items():
             if not isinstance(entries, Mapping):

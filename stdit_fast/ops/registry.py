@@ -67,7 +67,11 @@ def use_kernel(op: str, backend: str, x: Tensor, *sizes: int) -> bool:
 
 
 def serves(op: str, backend: str, reason: str, device: torch.device) -> bool:
-    """The same, where `reason` says why the kernel cannot serve the call on `device` (empty: it can)."""
+    """The same, where `reason` says why the kernel cannot serve the call on `device` (empty: it can).
+
+    Raises:
+        ConfigError: backend "fused" with a reason, or an unknown backend.
+    """
     if backend == REFERENCE:
         return False
     if backend == "fused":

@@ -109,7 +109,11 @@ def end_after(seconds: float) -> None:
 
 
 def import_colossalai():
-    """ColossalAI, without the warnings of its optional parts, and without what its import does to the environment."""
+    """ColossalAI, without the warnings of its optional parts, and without what its import does to the environment.
+
+    Raises:
+        ConfigError: it, or what it imports, is not installed.
+    """
     connections = os.environ.get(_CONNECTIONS)
     torch.cuda.is_available()  # CUDA reads its environment now, if it has not yet
     quiet = [logging.getLogger(name) for name in ("bitsandbytes", "torch.distributed")]

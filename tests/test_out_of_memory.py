@@ -170,7 +170,7 @@ def test_passes_that_are_chosen_are_the_same_to_rounding(trainer, tmp_path, monk
 
     asked, most = [], 2
     monkeypatch.setattr(STDiT2, "samples_at_once", lambda self, shape, held: asked.append(shape) or most)
-    chosen = trainer("chosen", **CHANGES)
+    chosen = trainer("chosen", **CHANGES | {"split_batches": "true"})
     chosen.train()
     assert asked and len(asked) == len(set(asked)) and chosen.last_parts == 2
     assert chosen.pieces.count == 0 and chosen.pieces.limits == {}
@@ -178,17 +178,30 @@ def test_passes_that_are_chosen_are_the_same_to_rounding(trainer, tmp_path, monk
         assert mine == pytest.approx(other, rel=2e-4), (mine, other)
     for name, mine in zip(chosen.state.names, chosen.optimizer.masters, strict=True):
         assert (mine.cpu() - whole[1][name]).abs().max() <= 1e-4
-    fixed = trainer("fixed", **CHANGES | {"grad_checkpoint": 1, "steps": 1})
-    plain = trainer("plain", **CHANGES | {"split_batches": "false", "steps": 1})
+    fixed = trainer("fixed", **CHANGES | {"split_batches": "true", "grad_checkpoint": 1, "steps": 1})
+    plain = trainer("plain", **CHANGES | {"steps": 1})
     count = len(asked)
     fixed.train(), plain.train()
-    assert len(asked) == count, "a number of blocks was asked for, or no passes"
-    several = trainer("several", **CHANGES)
+    assert len(asked) == count, "a number of blocks was asked for, or encoders are in memory"
+
+
+def test_where_passes_are_chosen_by_themselves(trainer, monkeypatch):  # noqa: F811
+    """On one GPU and on features, where that was measured."""
+    from stdit_fast.model.stdit2 import STDiT2
+
+    monkeypatch.setattr(STDiT2, "samples_at_once", lambda self, shape, held: 2)
+    one = trainer("one", **CHANGES)
     batch = {"bucket": 0, "noise": torch.empty(4, 4, 2, 6, 6), "request": SimpleNamespace(parts=1)}
-    several.processes = replace(several.processes, world_size=2)
-    assert several._at_once(batch) == 4 and len(asked) == count, "on several GPUs, where true is to be said"
-    several.config.split_batches = True
-    assert several._at_once(batch) == most and len(asked) == count + 1
+    assert one._at_once(batch) == 4, "encoders are in memory"
+    one.config.features.path = "features"
+    assert one._at_once(batch) == 2
+    one.config.split_batches = False
+    assert one._at_once(batch) == 4
+    one.processes = replace(one.processes, world_size=2)
+    one.config.split_batches = "auto"
+    assert one._at_once(batch) == 4, "on several GPUs"
+    one.config.split_batches, one.config.features.path = True, None
+    assert one._at_once(batch) == 2, "both, as it is asked for"
 
 
 def test_half_of_what_ran_at_once_is_less_than_was_chosen():

@@ -271,8 +271,8 @@ class TrainConfig:
         grad_checkpoint: recompute in the backward pass: "auto" (as many blocks as each bucket needs to fit into the
             GPU's memory), false, true (all blocks), or a number of blocks.
         split_batches: where grad_checkpoint is "auto", a batch runs in several passes over fewer samples if these are
-            estimated to be faster than to recompute blocks, unless a table of batch sizes says how: "auto" (on one
-            GPU), true (on any number: not tried on several), false.
+            estimated to be faster than to recompute blocks, unless a table of batch sizes says how: "auto" (on one GPU,
+            on features), true (always: the estimate was not tried with encoders in memory or on several GPUs), false.
         encode_ahead: online encoders work on the next batch while the GPU still has this step's work, on a stream of
             their own. The same numbers; costs memory, and gains nothing where it was measured (docs/kernels.md).
         overlap_communication: with "zero2" on several ranks, gradients travel while the backward pass goes on, and

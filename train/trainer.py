@@ -348,8 +348,8 @@ class Trainer:
     def _at_once(self, batch: dict) -> int:
         """How many samples to run at once, as far as that is chosen before memory runs out."""
         bucket, shape = self.data.buckets[batch["bucket"]], batch["noise"].shape
-        split = self.config.split_batches
-        wanted = split is True or (split == "auto" and self.processes.world_size == 1)
+        split, on_features = self.config.split_batches, self.config.features.path is not None
+        wanted = split is True or (split == "auto" and on_features and self.processes.world_size == 1)
         if not wanted or self.config.grad_checkpoint != "auto":
             return shape[0]
         if bucket.checkpointed is not None or batch["request"].parts > 1:

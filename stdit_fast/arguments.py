@@ -1,9 +1,10 @@
-"""What the command lines of training, encoding and sampling share: a log, a parser's errors, ranges, folders."""
+"""What the command lines of training, encoding and sampling share: log, bars, a parser's errors, ranges, folders."""
 
 import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def start_log(is_main: bool = True) -> None:
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(levelname)s %(message)s")
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def bar_options() -> dict:
+    """tqdm's for long work: a bar as wide as the terminal; in a file, which keeps all of them, one each half minute."""
+    return {"dynamic_ncols": True} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 60.0}
 
 
 def parser_error(error: Exception, keys: Iterable[str]) -> ConfigError:

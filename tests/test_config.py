@@ -1,11 +1,16 @@
 """The schema: files, command line, and a message for everything that cannot be."""
 
+import io
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from tqdm import tqdm
 
+from stdit_fast.arguments import bar_options
 from stdit_fast.errors import ConfigError
 from stdit_fast.train.config import known_keys, make_buckets, model_config, parse
 
@@ -135,3 +140,21 @@ def test_refuses_on_the_command_line(write, tmp_path):
     with pytest.raises(ConfigError, match="it is not YAML: .*line 1, column 5") as refused:
         parse(["--config", str(bad)])
     assert "\n" not in str(refused.value)
+
+
+def test_a_log_gets_few_of_a_bars_states(monkeypatch):
+    """A file keeps each; on a terminal each takes the place of the one before."""
+
+    class Stream(io.StringIO):
+        def isatty(self):
+            return self.terminal
+
+    for terminal, states in ((False, range(2, 4)), (True, range(5, 200))):
+        stream = Stream()
+        stream.terminal = terminal
+        monkeypatch.setattr(sys, "stderr", stream)
+        with tqdm(total=100, file=stream, **bar_options()) as bar:
+            for _ in range(100):
+                time.sleep(0.006)
+                bar.update()
+        assert "100/100" in stream.getvalue() and stream.getvalue().count("\r") in states

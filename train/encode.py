@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from stdit_fast.arguments import check_output_folder, start_log
+from stdit_fast.arguments import bar_options, check_output_folder, start_log
 from stdit_fast.encoders.autoencoder import FrameAutoencoder, draw_latents
 from stdit_fast.encoders.text import TextEncoder
 from stdit_fast.errors import ConfigError
@@ -484,8 +484,8 @@ class Progress:
             total=int(self.clips_of.sum()),
             initial=self.finished,
             unit="clip",
-            dynamic_ncols=True,
             disable=not job.processes.is_main,
+            **bar_options(),
         )
 
     def encoded(self, clips: int) -> None:

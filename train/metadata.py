@@ -18,6 +18,7 @@ import pyarrow.csv
 import pyarrow.parquet
 from tqdm import tqdm
 
+from stdit_fast.arguments import bar_options
 from stdit_fast.errors import ConfigError, one_line
 from stdit_fast.media.read import DEFAULT_FPS, BadSample, probe
 
@@ -245,7 +246,7 @@ class _Lookup:
 
     def run(self, progress: bool, num_workers: int) -> dict[str, np.ndarray]:
         saved = time.monotonic()
-        bar = tqdm(total=len(self.paths), desc="looking up sizes", unit="file", disable=not progress)
+        bar = tqdm(total=len(self.paths), desc="looking up sizes", unit="file", disable=not progress, **bar_options())
         with bar, ThreadPoolExecutor(num_workers) as pool:
             try:
                 while self.done < len(self.paths):

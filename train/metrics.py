@@ -13,6 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from stdit_fast.arguments import bar_options
 from stdit_fast.errors import ConfigError
 from stdit_fast.media.write import VideoWriter
 
@@ -34,7 +35,7 @@ class Metrics:
         _forget_after(self.file, start)
         self._lines = open(self.file, "a", buffering=1)  # noqa: SIM115 (closed in `close`)
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, smoothing=0.05)
+        self._bar = tqdm(total=steps, initial=start, unit="step", smoothing=0.05, **bar_options())
         self._bucket_times: dict[str, list[float]] = defaultdict(list)
         self._imbalances: list[tuple[float, float]] = []
         self._wandb = _start_wandb(folder, config) if wandb else None

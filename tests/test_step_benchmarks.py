@@ -12,7 +12,7 @@ import torch
 from conftest import as_it_was
 from safetensors.torch import save_file
 
-from stdit_fast.benchmarks import data, encode, readme, trace, train_step
+from stdit_fast.benchmarks import data, encode, readme, trace, train_run, train_step
 from stdit_fast.errors import ConfigError
 
 
@@ -129,6 +129,45 @@ def test_shards_of_a_killed_run_are_held_against_those_of_one_that_was_not():
             encode.compare(whole, at_the_kill, after)
     with pytest.raises(ConfigError, match="samples"):
         encode.main(["--samples", "0"])
+
+
+def test_a_run_on_features_encodes_its_table_first(tmp_path, monkeypatch):
+    """With stand-ins for both processes: what they are told, what is kept of the run, and what ends it."""
+    called, rows = [], []
+
+    def start(command):
+        called.append(command)
+        value = dict(itertools.pairwise(command))
+        rows.append((tmp_path.parent / value["--dataset.data_path"]).read_text().splitlines()[1:])
+        if "--outputs" not in command:
+            return subprocess.CompletedProcess(command, failed)
+        run = tmp_path.parent / value["--outputs"]
+        run.mkdir()
+        step = {"loss": 1.0, "step_seconds": 0.5, "tokens_per_second": 9.0, "wait_share": 0.0, "bucket": "144p-1-0.56"}
+        (run / "metrics.jsonl").write_text("".join(json.dumps({"step": i} | step) + "\n" for i in range(1, 4)))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(train_run.subprocess, "run", start)
+    arguments = ["--features", "--samples", "200", "--steps", "3", "--out", str(tmp_path), "--", "--buckets", "auto"]
+    failed = 0
+    assert train_run.main(arguments) == 0
+    encoding, training = called
+    assert encoding[: len(encode.START)] == list(encode.START) and encoding[-2] == "--features.path"
+    where = training.index("--features.path")
+    assert training[where + 1] == encoding[-1] and training[-2:] == ["--buckets", "auto"]
+    assert "--dataset.drop_last" not in training and rows[0] == rows[1] and len(rows[0]) == 200
+    stills = sum(".png," in row for row in rows[0])
+    assert 120 < stills < 170, "images have large batches"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["buckets"]["144p-1-0.56"] == {
+        "steps": 3, "median_step_seconds": 0.5, "median_tokens_per_second": 9.0, "mean_wait_share": 0.0,
+    }  # fmt: skip
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    failed = 1
+    with pytest.raises(ConfigError, match="could not be encoded"):
+        train_run.main(arguments)
+    with pytest.raises(ConfigError, match="--samples = 0"):
+        train_run.main([*arguments[:2], "0", *arguments[3:]])
 
 
 def test_speed_is_that_after_the_first_shard(tmp_path):

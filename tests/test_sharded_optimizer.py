@@ -176,18 +176,18 @@ def work(rank: int, port: int, folder: str) -> None:
 @contextlib.contextmanager
 def sent_in_passes():
     """Of each reduce-scatter meanwhile: its size, and whether it set out while a backward pass ran."""
-    sent, real = [], dist.reduce_scatter_tensor
+    sent, real = [], dist.ProcessGroup.reduce_scatter_tensor_coalesced
 
     @functools.wraps(real)
-    def reduce_scatter(output, *args, **kwargs):
-        sent.append((output.numel(), torch._C._current_graph_task_id() != -1))
-        return real(output, *args, **kwargs)
+    def reduce_scatter(group, outputs, *args):
+        sent.append((sum(output.numel() for output in outputs), torch._C._current_graph_task_id() != -1))
+        return real(group, outputs, *args)
 
-    dist.reduce_scatter_tensor = reduce_scatter
+    dist.ProcessGroup.reduce_scatter_tensor_coalesced = reduce_scatter
     try:
         yield sent
     finally:
-        dist.reduce_scatter_tensor = real
+        dist.ProcessGroup.reduce_scatter_tensor_coalesced = real
 
 
 @pytest.fixture(scope="module")

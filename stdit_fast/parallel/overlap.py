@@ -50,7 +50,8 @@ class GradientReduction:
         # Parts of odd sizes last, so that the others stay aligned.
         self._buckets = [sorted(bucket, key=self._is_odd) for bucket in places_of(self._parameters, order) if bucket]
         self._bucket_of = {i: number for number, bucket in enumerate(self._buckets) for i in bucket}
-        self._sent: list[tuple[dist.Work, Tensor, Tensor]] = []  # of this step; what travels lives until it is there
+        # Of this step; what travels lives until it is there.
+        self._sent: list[tuple[dist.Work, list[Tensor], Tensor]] = []
         self._missing: list[int] = []  # gradients of each bucket; empty: they are not waited for
         self._begun_at = 0
         weak = proxy(self)  # parameters outlive this
@@ -111,14 +112,14 @@ class GradientReduction:
         """Sends all buckets before that one."""
         world_size = self._processes.world_size
         for bucket in self._buckets[len(self._sent) : end]:
-            rows = []
-            for i in bucket:
+            whole = []
+            for i in bucket:  # each from where it is, and all of them as one call
                 parameter, padding = self._parameters[i], self._size(i) * world_size - self._parameters[i].numel()
                 grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                rows.append(F.pad(grad.flatten(), (0, padding)).view(world_size, -1))
-            whole = torch.cat(rows, dim=1)  # [world_size, n]: what goes to each process
-            own = whole.new_empty(whole.shape[1])
-            work = dist.reduce_scatter_tensor(own, whole.flatten(), async_op=True)
+                whole.append(F.pad(grad.flatten(), (0, padding)) if padding else grad.flatten())
+            sizes = [self._size(i) for i in bucket]
+            own = whole[0].new_empty(sum(sizes))
+            work = dist.group.WORLD.reduce_scatter_tensor_coalesced(list(own.split(sizes)), whole)
             self._sent.append((work, whole, own))
             for i in bucket:
                 self._parameters[i].grad = None

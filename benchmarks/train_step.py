@@ -348,7 +348,7 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             extra = ["--features.path", str(scratch / "features")] if kind == "features" else []
             config = parse([*command, *extra])
-            if config.expandable_segments is not False:
+            if config.expandable_segments:
                 expand_segments()  # as the trainer does, but before encoders are there
             if kind == "features":
                 make_features(config)

@@ -282,8 +282,7 @@ class TrainConfig:
         share_memory: CUDA graphs and ordinary steps take turns in the same memory: "auto" (on one GPU), true (on any
             number, and from the second step on, whether there are graphs or not: not tried on several GPUs), false.
         expandable_segments: GPU memory is held in segments that grow and shrink, which buckets of many sizes do not
-            divide into gaps: "auto" (on one GPU), true (on any number), false (as PyTorch does). PYTORCH_ALLOC_CONF
-            decides where it is set.
+            divide into gaps; false: as PyTorch does. PYTORCH_ALLOC_CONF decides where it is set.
         load: a checkpoint of ours to start another stage from; counting begins anew.
         load_optimizer: with `load`, take the optimizer's state along.
         resume: go on from the newest checkpoint in `outputs`, if there is one.
@@ -330,7 +329,7 @@ class TrainConfig:
     overlap_communication: bool = False
     cuda_graphs: bool = True
     share_memory: bool | typing.Literal["auto"] = "auto"
-    expandable_segments: bool | typing.Literal["auto"] = "auto"
+    expandable_segments: bool = True
     load: str | None = None
     load_optimizer: bool = True
     resume: bool = True

@@ -20,7 +20,7 @@ from stdit_fast.model import disposal
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.allocator import expand_segments
-from stdit_fast.parallel.processes import launch, launched_processes
+from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint, out_of_memory
 from stdit_fast.train.bad_samples import BadSamples
@@ -68,7 +68,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        if config.expandable_segments is True or (config.expandable_segments == "auto" and launched_processes() == 1):
+        if config.expandable_segments:
             logger.info(expand_segments())  # before anything is there
         self.processes = launch(config.seed)
         free_memory()  # what an earlier run of this process has left

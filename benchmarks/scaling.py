@@ -53,6 +53,8 @@ SAMPLED_FRAMES = 64
 STEPS = {"mix": 12, "long": 5, "sample": 3}
 ROUNDS = 2  # over the mix's steps
 OVERLAPPING = ", communication overlapping"
+COPIED = ", by copies"
+COMMUNICATION = ("nccl", "ptop", "barrier_kernel")  # in the names of kernels; the last two of copies
 COLLECTIVE_TIMEOUT = 180.0  # s; a rank may compile while the others wait
 WARMUP = {"mix": 1, "long": 2, "sample": 1}  # rounds of the mix's steps; steps of the others
 # The assumed data: half videos, half images, in common sizes; lengths are spread evenly over their logarithms.
@@ -308,6 +310,9 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
     case = f"{args.height}x{args.width}, {bucket.num_frames} frames, batch 1"
     default, warmup = sequence.MOST_CHUNKS, WARMUP["long"]
     alone = training.reserve_alone()
+    groups = None if parts == 1 else training.booster.plugin.sequence_groups
+    ordinary = groups and groups[parts].device
+    copies = groups.copies_of(groups[parts]) if parts > 1 and training.device.type == "cuda" else None
     plain = Variant(default, reserve=alone)
     variants = {"": plain}
     if parts > 1:
@@ -318,7 +323,11 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
             ", recomputing as little as fits": replace(plain, reserve=None),
         }
         variants |= {f", NCCL in {n} CTAs": replace(plain, ctas=n) for n in args.ctas}
-    groups = None if parts == 1 else training.booster.plugin.sequence_groups
+        for chunks in (default, 1, 2 * default) if copies else ():
+            name = COPIED if chunks == default else f"{COPIED} in {chunks} chunk{'s' * (chunks > 1)}"
+            variants[name] = replace(plain, chunks=chunks, copies=True)
+        if copies:
+            variants[OVERLAPPING + COPIED] = replace(plain, overlaps=True, copies=True)
     for name, variant in variants.items():
         overlaps = variant.overlaps
         if parts > 1 and overlaps not in args.overlap:
@@ -326,8 +335,9 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
         if name and args.variants is not None and not any(part in name for part in args.variants):
             continue
         sequence.MOST_CHUNKS = variant.chunks
-        if variant.ctas:
-            groups.replace(parts, nccl_group(variant.ctas))
+        if parts > 1:
+            device = nccl_group(variant.ctas) if variant.ctas else ordinary
+            groups.replace(parts, device=device, copies=copies if variant.copies else None)
         step = Step(bucket, parts, processes.rank, variant.reserve)
         training.run([step] * warmup, overlaps)
         seen = training.run([step] * (args.steps or STEPS["long"]), overlaps)
@@ -341,16 +351,21 @@ def long(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
         }
         peak = torch.cuda.max_memory_allocated() / 2**30 if training.device.type == "cuda" else None
         impl = f"{parts} GPU{'s' * (parts > 1)}{name}"
+        if parts == 1 and args.ranks:  # one of several cards that are no two alike
+            impl = f"rank {args.rank or 0} of {args.ranks} alone"
         yield Record.of_times("scaling", case, impl, times, peak_gib=peak and round(peak, 2), notes=notes)
-        if variant == plain and args.trace:
-            yield trace(training, bucket, parts, processes.rank, Path(f"{args.trace}-long-{parts}.json"))
+        if args.trace and name in ("", COPIED):
+            path = Path(f"{args.trace}-long-{parts}{'-copies' * variant.copies}.json")
+            yield trace(training, bucket, parts, processes.rank, path)
         warmup = 1
     if parts > 1:
         sequence.MOST_CHUNKS = default
-        yield all_to_all_alone(training, bucket, case)
+        for name, way in ({"": None} | ({COPIED: copies} if copies else {})).items():
+            groups.replace(parts, device=ordinary, copies=way)
+            yield all_to_all_alone(training, bucket, case, name)
 
 
-def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
+def all_to_all_alone(training: Training, bucket: Bucket, case: str, name: str = "") -> Record:
     """A block's two all-to-alls forward, with nothing to hide behind."""
     group = training.booster.plugin.sequence_groups[training.processes.world_size]
     frames = part_of(bucket.num_frames, group.size, group.rank)
@@ -371,7 +386,7 @@ def all_to_all_alone(training: Training, bucket: Bucket, case: str) -> Record:
     sent = 2 * u.numel() * u.element_size()
     notes = {"units_a_token": 2, "bytes_to_others": round(sent * (1 - own)), "tokens_per_gpu": len(u)}
     return Record.of_times(
-        "scaling", case, f"{group.size} GPUs, all-to-alls of a block", times, bytes=sent, notes=notes
+        "scaling", case, f"{group.size} GPUs, all-to-alls of a block{name}", times, bytes=sent, notes=notes
     )
 
 
@@ -384,12 +399,14 @@ class Variant:
         overlaps: gradients and weights travel while something is computed.
         reserve: as of `Step`.
         ctas: thread blocks that NCCL may have for the all-to-alls; None: as many as it likes.
+        copies: instead of NCCL.
     """
 
     chunks: int
     overlaps: bool = False
     reserve: int | None = None
     ctas: int | None = None
+    copies: bool = False
 
 
 def nccl_group(ctas: int) -> "torch.distributed.ProcessGroup":
@@ -425,7 +442,7 @@ def trace(training: Training, bucket: Bucket, parts: int, part: int, path: Path)
     for e in kernels:
         by_name[e.name][0] += 1
         by_name[e.name][1] += (e.time_range.end - e.time_range.start) / 1000
-        kind = "communication" if "nccl" in e.name.lower() else "computation"
+        kind = "communication" if any(part in e.name.lower() for part in COMMUNICATION) else "computation"
         spans[kind].append(((e.time_range.start - first) / 1000, (e.time_range.end - first) / 1000))
     joined = {kind: merged(own) for kind, own in spans.items()}
     if training.processes.is_main:
@@ -505,7 +522,7 @@ def main() -> int:
     parser.add_argument("--config", default=str(Path(__file__).parents[1] / "train" / "configs" / "stage2.yaml"))
     parser.add_argument("--bucket_sizes", default="config", help="as in training: config, auto, or a table")
     parser.add_argument("--sequence_parallel", default="1", help="as in training, for the mix")
-    parser.add_argument("--ranks", type=int, help="whose batches a process alone takes: of so many ranks")
+    parser.add_argument("--ranks", type=int, help="whose work a process alone does: of so many ranks")
     parser.add_argument("--rank", type=int, help="those of this one")
     parser.add_argument("--steps", type=int, help=f"of each; else {', '.join(f'{v} of {k}' for k, v in STEPS.items())}")
     parser.add_argument("--depth", type=int, default=28)

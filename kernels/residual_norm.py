@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stdit_fast.kernels.launch import launch
+from stdit_fast.kernels.results import memory_for
 from stdit_fast.kernels.tiles import cdiv, next_power_of_2, split
 
 # Replaces entries of `_plan`'s choices by name, for tuning: {"forward_rows": 2, ...}.
@@ -105,7 +106,7 @@ def forward(
     first, rest = split(channels)
     has_norm = shift is not None
     x_new = torch.empty_like(x) if o is not None else None
-    u = torch.empty_like(x if u_places is None else x.view(-1, channels)) if has_norm else None
+    u = memory_for(x.shape if u_places is None else (count, channels), x) if has_norm else None
     stats = torch.empty(count, 2, dtype=torch.float32, device=x.device) if has_norm else None
     launch(
         _residual_norm_forward, groups * plan.chunks,

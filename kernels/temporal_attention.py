@@ -25,6 +25,7 @@ from torch import Tensor
 
 from stdit_fast.kernels.launch import launch
 from stdit_fast.kernels.residual_norm import column_sum
+from stdit_fast.kernels.results import memory_for
 from stdit_fast.kernels.tiles import DOT_MINIMUM, next_power_of_2, split
 
 MAX_FRAMES = 128
@@ -88,7 +89,7 @@ def forward(
     """[B, T, S, H*D] of `readable` qkv of at most `max_frames`; rotation is [T, 2, D/2] float32."""
     batch, frames, positions, _, heads, head_dim = qkv.shape
     options = config("forward", frames, heads, head_dim, qkv.dtype)
-    out = qkv.new_empty(batch, frames, positions, heads * head_dim)
+    out = memory_for((batch, frames, positions, heads * head_dim), qkv)
     strides = [stride // UNIT for stride in qkv.stride()[:3]]
     programs = batch * positions * (heads // options["HEADS"])
     launch(

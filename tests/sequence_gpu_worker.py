@@ -9,9 +9,11 @@ that is still there after DEADLINE says where it is, and ends.
 """
 
 import gc
+import hashlib
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,10 +118,12 @@ def compare(group, name: str, alone: dict) -> dict:
     model = make_model(DTYPE, BACKEND)
     model.set_checkpointing(recomputed)
     total, found = shared_gradients(group, model, inputs, case[1], chunks)
+    values = b"".join(value.float().cpu().numpy().tobytes() for value in (total, *found.values()))
     again = shared_gradients(group, model, inputs, case[1], chunks)
     return {
         "loss": [float((x - loss).norm() / loss.norm()) for x in (own_loss, total)],
         "gradients": [errors(own, want), errors(found, want)],
+        "digest": hashlib.sha256(values).hexdigest(),
         "repeats": torch.equal(total, again[0]) and all(torch.equal(found[k], again[1][k]) for k in found),
     }
 
@@ -206,11 +210,16 @@ def main(folder: Path, runs: dict[str, list[str]]) -> None:
     for name in names[start:] + names[:start]:
         alone[name] = computed_alone(name)
         say(f"{name}: alone")
-    result = {"cases": {}}
+    result = {"cases": {}, "copies": {}}
     for size in sizes:
         for name in names:
             result["cases"][f"{size}: {name}"] = compare(groups[size], name, alone[name])
             say(f"{name}: shared by {size}")
+    for size in sizes if ON_GPU else ():
+        copied = replace(groups[size], copies=groups.copies_of(groups[size]))
+        for name in names:
+            result["copies"][f"{size}: {name}"] = compare(copied, name, alone[name])
+            say(f"{name}: shared by {size}, by copies")
     result["mixed"] = mixed_steps(processes)
     say("mixed steps")
     result["runs"] = {}

@@ -9,6 +9,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.diffusion import IDDPM, SpeeDiT
+from stdit_fast.parallel.copies import SLOTS, PeerCopies, Slots
 from stdit_fast.parallel.groups import SequenceGroups
 from stdit_fast.parallel.processes import Processes, import_colossalai, launch
 from stdit_fast.parallel.sequence import FrameSwitch, split_frames
@@ -68,6 +70,29 @@ def gradients(model) -> dict[str, torch.Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
+
+
+class FileSlots(Slots):
+    """Slots of processes of one machine, in a file that all of them map."""
+
+    def __init__(self, group, folder: Path, size: int):
+        self.group, self.size = group, size
+        path = folder / f"slots-{group.size}-{group.first}-{size}"
+        whole = group.size * SLOTS * size
+        self.memory = torch.from_file(str(path), shared=True, size=whole, dtype=torch.uint8)
+        self.meet()
+
+    def of(self, rank: int, slot: int) -> torch.Tensor:
+        return self.memory[(rank * SLOTS + slot) * self.size :][: self.size]
+
+    def meet(self) -> None:
+        dist.barrier(group=self.group.host)
+
+
+def by_copies(group, folder: Path):
+    """The group with copies for its transfers."""
+    copies = PeerCopies(group.rank, group.size, torch.device("cpu"), partial(FileSlots, group, folder))
+    return replace(group, copies=copies)
 
 
 @contextmanager
@@ -164,6 +189,7 @@ def refusals(processes: Processes, group) -> dict[str, str]:
     return {
         "not a size": message(lambda: SequenceGroups(processes, [3])),
         "does not divide": message(lambda: SequenceGroups(processes, [8])),
+        "not of GPUs": message(lambda: SequenceGroups(processes, [2], "copies")),
         "too few positions": message(too_few_positions),
     }
 
@@ -270,13 +296,15 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
     torch.set_num_threads(1)
     processes = launch(0)
     groups = SequenceGroups(processes, [1, 2, 4])
-    result = {"cases": {}}
+    result = {"cases": {}, "copies": {}}
     for size in (2, 4):
         group = groups[size]
         assert (group.first, group.rank) == (rank // size * size, rank % size)
         for name in CASES:
             diffusion = SpeeDiT() if name == "even" else IDDPM()
             result["cases"][f"{size}: {name}"] = compare(group, name, diffusion)
+            copied = by_copies(group, folder)
+            result["copies"][f"{size}: {name}"] = compare(copied, name, diffusion)
         result[f"prediction {size}"] = predictions(group)
         result[f"largest {size}"] = [group.largest(10 + rank), group.first + size + 9]
     result["refusals"] = refusals(processes, groups[processes.world_size])

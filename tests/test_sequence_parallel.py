@@ -18,6 +18,9 @@ from test_fused_model import inputs, masked, models, on_device, step
 from test_training import arguments
 
 from stdit_fast.errors import ConfigError
+from stdit_fast.kernels import residual_norm, temporal_attention
+from stdit_fast.kernels import results as kernel_results
+from stdit_fast.parallel.copies import SLOTS, PeerCopies, Slots
 from stdit_fast.parallel.groups import SequenceGroup, check_split
 from stdit_fast.parallel.sequence import FrameSwitch, bounds, split_frames
 
@@ -65,7 +68,7 @@ def results(run_arguments, tmp_path_factory):
 
 def test_loss_and_every_gradient_are_those_of_one_process(results):
     for rank, result in enumerate(results):
-        for name, case in result["cases"].items():
+        for name, case in (*result["cases"].items(), *result["copies"].items()):
             assert not case["missing"], (rank, name, case["missing"])
             worst = max(case["errors"], key=case["errors"].get)
             assert case["errors"][worst] <= 1e-5, (rank, name, worst, case["errors"][worst])
@@ -84,6 +87,13 @@ def test_two_units_a_block_travel_each_way_and_nothing_else(results):
                 assert sum(size for _, size in calls) == units * unit, (name, way)
 
 
+def test_copies_need_no_collective(results):
+    for result in results:
+        assert result["copies"].keys() == result["cases"].keys()
+        for name, case in result["copies"].items():
+            assert case["forward"] == case["backward"] == [], name
+
+
 def test_predictions_without_gradients(results):
     for result in results:
         for size in (2, 4):
@@ -97,6 +107,9 @@ def test_what_cannot_be_is_refused(results):
         assert said["not a size"].startswith("sequence_parallel = 3: choose one of 1, 2, 4, 8")
         assert (
             said["does not divide"] == "sequence_parallel = 8: it must divide the number of processes, 4: use 1, 2, 4"
+        )
+        assert said["not of GPUs"] == (
+            "sequence_transfers = 'copies': 2 of 2 ranks cannot read the others' memory; use collectives"
         )
         assert "4 frames of 1 tokens cannot be split" in said["too few positions"]
 
@@ -180,6 +193,76 @@ def test_kernels_behind_the_switch(monkeypatch):
         got = step(fused, given)
     for name, value in want.items():
         assert relative_error(got[name], value) <= 1e-4, name
+
+
+class OwnSlots(Slots):
+    """Slots of a rank that is alone."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self.memory = torch.zeros(SLOTS, size, dtype=torch.uint8)
+
+    def of(self, rank: int, slot: int) -> torch.Tensor:
+        return self.memory[slot]
+
+    def meet(self) -> None:
+        pass
+
+
+def test_slots_are_filled_anew_when_all_have_read_them():
+    """Which the meeting of the next transfer says, or one of its own; larger ones are made where they are needed."""
+    copies, meetings = PeerCopies(0, 1, torch.device("cpu"), OwnSlots), []
+    arriving = torch.empty(4)
+
+    def stage(most: int = 4):
+        staged = copies.stage(most, most, torch.float32)
+        copies._slots.meet = lambda: meetings.append(len(sent))
+        return staged
+
+    def send(staged):
+        sent.append(staged.slot)
+        copies.all_to_all(staged, arriving, [4], [0]).wait()
+
+    sent: list[int] = []
+    first = stage()
+    first.values.copy_(torch.arange(4.0))
+    assert len(copies._slots.of(0, 0)) >= 16
+    send(first)
+    assert torch.equal(arriving, torch.arange(4.0)) and meetings == [1]
+    others = [stage().slot for _ in range(SLOTS - 1)]
+    assert sorted([first.slot, *others]) == list(range(SLOTS)) and meetings == [1]
+    assert stage().slot == first.slot and meetings == [1, 1]  # nobody has met since it was read
+    send(stage())
+    send(stage())
+    assert meetings == [1, 1, 2, 3]
+    stage(most=1000)
+    assert copies._slots.size >= 4000
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_kernels_write_where_rows_are_sent_from(batch, monkeypatch):
+    """Copies of one process from itself: fused ops put what they send there, and find what plain PyTorch finds."""
+    places, offers = [], []
+    real = kernel_results.memory_for
+
+    def memory_for(shape, like):
+        offers.extend(place.data_ptr() for place in kernel_results._offered)
+        made = real(shape, like)
+        places.append(made.data_ptr())
+        return made
+
+    for kernels in (residual_norm, temporal_attention):
+        monkeypatch.setattr(kernels, "memory_for", memory_for)
+    fused, plain = models(depth=1)
+    given = masked(on_device(inputs(batch=batch, frames=3, height=2, width=6)))
+    want = step(plain, given)
+    group = SequenceGroup(1, 0, 0, None, None, PeerCopies(0, 1, torch.device("cpu"), OwnSlots))
+    with split_frames(fused, FrameSwitch(group, 3, chunks=2)):
+        got = step(fused, given)
+    for name, value in want.items():  # one caption may have one token, where queries change nothing
+        assert relative_error(got[name], value) <= 1e-4 or max(got[name].norm(), value.norm()) < 1e-5, name
+    # The norm's rows, and those of attention in two chunks, unless samples have to be brought into order.
+    assert len(offers) == (3 if batch == 1 else 1) and set(offers) <= set(places)
 
 
 @pytest.mark.parametrize("frames, positions", [(9, 3641), (5, 6554), (33, 993), (8, 8)])

@@ -57,6 +57,8 @@ def runs(table, text_encoder, run_folder):
         "early": {"overlap_communication": "true"},
         "shared": {"sequence_parallel": 2, "grad_accumulation": 2},
     }
+    if ON_GPU:
+        changes["copied"] = changes["shared"] | {"sequence_transfers": "copies"}
     return {
         name: arguments(table, run_folder / name, steps=STEPS, **text_encoder, **more) for name, more in changes.items()
     }
@@ -104,6 +106,15 @@ def test_a_group_is_no_further_from_float32_than_one_process(results):
         no_further_from_float32(result["cases"])
 
 
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs")
+def test_copies_move_the_same_bits(results, run_folder):
+    for result in results:
+        assert result["copies"].keys() == result["cases"].keys()
+        for name, case in result["copies"].items():
+            assert case["repeats"] and case["digest"] == result["cases"][name]["digest"], name
+    assert losses(run_folder / "copied") == losses(run_folder / "shared")
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_a_gpu_that_switches_with_itself():
     """The kernels on rows as they travel, and NCCL's transfers beside them, on one GPU."""
@@ -124,9 +135,9 @@ def test_a_mixed_step_inside_the_optimizer(results):
 
 
 @several
-def test_they_train_like_one(results, one, run_folder):
+def test_they_train_like_one(results, one, runs, run_folder):
     """Each its own batches, gradients early or not; pairs that share: the curve of one process with all batches."""
-    assert [result["runs"] for result in results] == [dict.fromkeys(("own", "early", "shared"), STEPS)] * PROCESSES
+    assert [result["runs"] for result in results] == [dict.fromkeys(runs, STEPS)] * PROCESSES
     for name in ("own", "early", "shared"):
         seen = losses(run_folder / name)
         print(name, seen, one)

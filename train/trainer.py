@@ -20,6 +20,7 @@ from stdit_fast.model import disposal
 from stdit_fast.model.arena import leave_default_stream
 from stdit_fast.parallel import watchdog
 from stdit_fast.parallel.allocator import expand_segments
+from stdit_fast.parallel.groups import TRANSFERS
 from stdit_fast.parallel.processes import launch
 from stdit_fast.reporting import report
 from stdit_fast.train import checkpoint, out_of_memory
@@ -99,7 +100,8 @@ class Trainer:
         model.train()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         sizes = np.unique(self.data.sampler.degrees).tolist()
-        self.booster = Booster(plugin=plugin_class(config.grad_clip, self.processes, sizes))
+        plugin = plugin_class(config.grad_clip, self.processes, sizes, config.sequence_transfers)
+        self.booster = Booster(plugin=plugin)
         optimizer = build_optimizer(config, model)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # DDP's, of ColossalAI's arguments
@@ -582,6 +584,9 @@ class Trainer:
         chosen = (sharded if on_gpu else "ddp") if wanted == "auto" else wanted
         if chosen != "ddp" and not on_gpu:
             raise ConfigError("plugin", wanted, f"{chosen} needs a GPU, and none is visible; use ddp or auto")
+        transfers = self.config.sequence_transfers
+        if transfers == "copies" and not on_gpu:
+            raise ConfigError(TRANSFERS, transfers, "they are made by a GPU, and none is visible; use collectives")
         precision = "fp32" if chosen == "ddp" else "bf16"
         if self.config.dtype not in ("auto", precision):
             remedy = f"the plugin {chosen} trains in {precision}; use that or auto"

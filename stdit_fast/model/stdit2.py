@@ -9,7 +9,7 @@ makes frames differ, so masked and unmasked passes are one path.
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -93,6 +93,9 @@ class FrameSwitch(Protocol):
 
     def places(self, x: Tensor) -> Tensor:
         """Where rows of u and of the result of `temporal` lie, for the frames x [B, T_own, S, C]; see `ops.Branch`."""
+
+    def leaving(self, x: Tensor) -> AbstractContextManager[None]:
+        """Holds what makes u of the frames x for the next call of `temporal`."""
 
     def temporal(
         self,
@@ -225,7 +228,8 @@ class STDiT2Block(nn.Module):
 
         if cond.switch is not None:
             places = cond.switch.places(x)
-            x, u = ops.gate_residual_layer_norm_modulate(x, branch, shift, scale, places=places, backend=backend)
+            with cond.switch.leaving(x):
+                x, u = ops.gate_residual_layer_norm_modulate(x, branch, shift, scale, places=places, backend=backend)
             return x, cond.switch.temporal(u, x.shape[2], weight, bias, attention, proj), places
         x, qkv = ops.modulated_linear(x, branch, shift, scale, weight, bias, backend=backend)
         return x, ops.projection(attention(qkv), proj, backend=backend), None

@@ -4,17 +4,21 @@ Ranks of a group are neighbours: with size n, ranks k*n to k*n + n - 1 are group
 run starts, since every rank has to take part; which of them a step uses may change from batch to batch.
 """
 
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from stdit_fast.errors import ConfigError
-from stdit_fast.parallel.processes import Processes, import_colossalai
+from stdit_fast.parallel.copies import PeerCopies, SymmetricSlots
+from stdit_fast.parallel.processes import Processes, import_colossalai, machine_id
 
 SIZES = (1, 2, 4, 8)
 KEY = "sequence_parallel"
+TRANSFERS = "sequence_transfers"
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class SequenceGroup:
         first: rank of the group's first member among all processes.
         device: the process group that tensors travel in.
         host: one for what the CPUs tell each other, so that no GPU has to be waited for.
+        copies: what moves parts of a video instead of `device`, if anything does.
     """
 
     size: int
@@ -33,6 +38,7 @@ class SequenceGroup:
     first: int
     device: dist.ProcessGroup
     host: dist.ProcessGroup
+    copies: PeerCopies | None = None
 
     def exchange(self, values: list[int]) -> list[list[int]]:
         """Every member's integers, on every member, without waiting for a GPU."""
@@ -51,26 +57,52 @@ class SequenceGroups:
 
     Args:
         sizes: those that the run will use; 1 needs no group.
+        transfers: what moves parts of videos: "collectives"; or "copies", by the GPUs' copy engines, which all of a
+            group have to be of one machine for.
 
     Raises:
-        ConfigError: a size that there is no such thing as, or that does not divide the number of processes.
+        ConfigError: a size that there is no such thing as, or that does not divide the number of processes; copies
+            between GPUs that cannot.
     """
 
-    def __init__(self, processes: Processes, sizes: Iterable[int]):
+    def __init__(self, processes: Processes, sizes: Iterable[int], transfers: str = "collectives"):
         self.processes = processes
         self._groups: dict[int, SequenceGroup] = {}
         wanted = sorted({size for size in sizes if size != 1})
         for size in wanted:
             check_size(size, processes.world_size)
         for size in wanted:
-            self._groups[size] = self._build(size)
+            group = self._build(size)
+            if transfers == "copies":
+                group = replace(group, copies=self.copies_of(group))
+            self._groups[size] = group
 
     def __getitem__(self, size: int) -> SequenceGroup:
         return self._groups[size]
 
-    def replace(self, size: int, device: dist.ProcessGroup) -> None:
-        """Has tensors of the group of that size travel in another process group of the same ranks."""
-        self._groups[size] = replace(self._groups[size], device=device)
+    def replace(self, size: int, **changes) -> None:
+        """Has tensors of the group of that size travel in another way, by other attributes of `SequenceGroup`."""
+        self._groups[size] = replace(self._groups[size], **changes)
+
+    def copies_of(self, group: SequenceGroup) -> PeerCopies:
+        """Copies between the members of a group, all of which ask for them.
+
+        Raises:
+            ConfigError: not all of them can read each other's memory.
+        """
+        device = self.processes.device
+        index = device.index if device.type == "cuda" else -1
+        seen = group.exchange([zlib.crc32(machine_id().encode()), index])
+        one_machine = len({number for number, _ in seen}) == 1
+        others = [other for rank, (_, other) in enumerate(seen) if rank != group.rank]
+        reached = one_machine and all(
+            index != other >= 0 and torch.cuda.can_device_access_peer(index, other) for other in others
+        )
+        unreached = sum(not all(part) for part in group.exchange([reached]))
+        if unreached:
+            remedy = f"{unreached} of {group.size} ranks cannot read the others' memory; use collectives"
+            raise ConfigError(TRANSFERS, "copies", remedy)
+        return PeerCopies(group.rank, group.size, device, partial(SymmetricSlots, group.device, device))
 
     def _build(self, size: int) -> SequenceGroup:
         import_colossalai()

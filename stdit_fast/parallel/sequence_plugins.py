@@ -21,12 +21,12 @@ class SequencePlugin:
     """The sequence axis of a plugin.
 
     Args:
-        sizes: those of the groups that the run will use.
+        sizes, transfers: of the groups that the run will use; see `SequenceGroups`.
     """
 
-    def __init__(self, max_norm: float, processes: Processes, sizes: Iterable[int]):
+    def __init__(self, max_norm: float, processes: Processes, sizes: Iterable[int], transfers: str = "collectives"):
         super().__init__(max_norm, processes)
-        self.sequence_groups = SequenceGroups(processes, sizes)
+        self.sequence_groups = SequenceGroups(processes, sizes, transfers)
 
     @contextmanager
     def shared(self, model, parts: int, num_frames: int, fingerprint: int):

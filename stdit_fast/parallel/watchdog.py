@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from stdit_fast.parallel.processes import Processes
+from stdit_fast.parallel.processes import Processes, machine_id
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Watchdog:
     def __init__(self, processes: Processes, dead_after: float, hang_timeout: float, every: float | None = None):
         self.processes, self.dead_after, self.hang_timeout = processes, dead_after, hang_timeout
         self.every = min(2.0, dead_after / 4) if every is None else every
-        self.own = Place(processes.rank, socket.gethostname(), _machine(), os.getpid())
+        self.own = Place(processes.rank, socket.gethostname(), machine_id(), os.getpid())
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._decided = threading.Event()
@@ -239,14 +239,6 @@ def _lost(seen: list[tuple[Place, float]], machine: str, now: float, dead_after:
         if now - when > allowed:
             return f"{place} is lost: nothing was heard of it for {now - when:.0f} s"
     return ""
-
-
-def _machine() -> str:
-    """Equal for processes that see each other by their numbers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return uuid.uuid4().hex
 
 
 def _lives(pid: int) -> bool:

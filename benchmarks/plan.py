@@ -18,6 +18,7 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -373,12 +374,42 @@ def _communication(rows: list[Row], args: argparse.Namespace) -> list[str]:
     ]
 
 
-def markdown(gpus: int) -> str:
-    """The shipped recipe's plan as a table for the README, from the shipped tables."""
+def shipped(gpus: int) -> tuple[Recipe, list[Row], argparse.Namespace]:
+    """The shipped recipe's plan, from the shipped tables, and the arguments that it is of."""
     args = arguments_of(["--gpus", str(gpus)])
     args.tables = str(bucket_tables.SHIPPED / DEFAULT_GPU) if (bucket_tables.SHIPPED / DEFAULT_GPU).is_dir() else None
     recipe = Recipe.read(args.recipe)
-    rows = plan(recipe, args)
+    return recipe, plan(recipe, args), args
+
+
+def sizes_markdown(counts: Sequence[int]) -> str:
+    """The shipped recipe with features on so many GPUs, a row for each number of them, as a table for the docs."""
+    lines = [
+        "| GPUs | days | GPU-hours | batch of a step against the recipe's | gradients and weights travel | waiting |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for gpus in counts:
+        recipe, rows, args = shipped(gpus)
+        days, hours = (Interval(*total(rows, "features", field)) for field in ("days", "gpu_hours"))
+        of_all = sum(r.features.steps * r.features.step_seconds.mid for r in rows)
+        travel, waiting = (
+            sum(r.features.steps * getattr(r.features, part).mid for r in rows) / of_all
+            for part in ("exposed", "waiting")
+        )
+        lines.append(
+            f"| {gpus} | {days.show()} | {hours.show(0)} | {gpus / recipe.gpus:g} | {travel:.1%} | {waiting:.1%} |"
+        )
+    note = (
+        "With one batch a GPU and step, nothing shared. The last two are shares of the time; transfers are modelled "
+        f"at {args.nvlink_gb_s:g} GB/s a GPU within a machine of {args.gpus_per_node}, and at {args.network_gb_s:g} "
+        "between machines. Bounds in brackets."
+    )
+    return "\n".join([*lines, "", note, "", "`python -m stdit_fast.benchmarks.plan --gpus N`"])
+
+
+def markdown(gpus: int) -> str:
+    """The shipped recipe's plan as a table for the README, from the shipped tables."""
+    recipe, rows, args = shipped(gpus)
     lines = [
         "| phase | days, features | days, online encoders | original's code, computed alike | report | measured |",
         "| --- | --- | --- | --- | --- | --- |",

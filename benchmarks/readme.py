@@ -9,7 +9,7 @@ from pathlib import Path
 from stdit_fast.errors import ConfigError, run_command
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md", ROOT / "docs" / "multi_gpu.md")
 IMPLEMENTATIONS = ("reference", "compile", "fused")
 BEGIN, END = "<!-- {name}: made by python -m stdit_fast.benchmarks.readme -->", "<!-- end of {name} -->"
 
@@ -316,8 +316,11 @@ def _of_alone(r: dict, records: list[dict]) -> float | None:
         )
     ones = [o for o in records if o["impl"] == "1 GPU"]
     if "tokens_per_gpu" in r["notes"]:  # longer for more GPUs
-        (one,) = (o for o in ones if o["notes"].get("tokens_per_gpu") == r["notes"]["tokens_per_gpu"])
-        return r["notes"]["tokens_per_second_and_gpu"] / one["notes"]["tokens_per_second_and_gpu"]
+        alike = [o for o in records if o["notes"].get("tokens_per_gpu") == r["notes"]["tokens_per_gpu"]]
+        each = [o for o in alike if o["impl"].endswith(f" of {gpus} alone")] or [o for o in alike if o in ones]
+        return r["notes"]["tokens_per_second_and_gpu"] / statistics.mean(
+            o["notes"]["tokens_per_second_and_gpu"] for o in each
+        )
     (one,) = (o for o in ones if o["case"] == r["case"])
     return one["ms"] / r["ms"] / gpus
 
@@ -352,6 +355,13 @@ def plan_table() -> str:
     from stdit_fast.benchmarks import plan  # which reads results as this file does
 
     return plan.markdown(64)
+
+
+def plan_sizes_table() -> str:
+    """Markdown: the original's recipe on one machine, on eight, and on 64 of them."""
+    from stdit_fast.benchmarks import plan
+
+    return plan.sizes_markdown([8, 64, 512])
 
 
 def _figures(r: dict) -> str:
@@ -399,6 +409,7 @@ def tables() -> dict[str, str]:
         "scaling h200": scaling_table(results / "scaling.jsonl"),
         "quick h100": quick_table(h100 / "quick.jsonl"),
         "plan h100": plan_table(),
+        "plan_sizes h100": plan_sizes_table(),
     }
 
 

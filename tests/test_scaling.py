@@ -51,13 +51,16 @@ def test_the_table_holds_gpus_to_as_many_alone(tmp_path):
         record("mix", "2 GPUs", 51.0, tokens_per_second_and_gpu=1900),
         record("16 frames", "1 GPU", 10.0, tokens_per_second_and_gpu=500, tokens_per_gpu=5),
         record("32 frames", "2 GPUs, in one chunk", 12.5, tokens_per_second_and_gpu=400, tokens_per_gpu=5),
+        record("64 frames", "4 GPUs", 12.5, tokens_per_second_and_gpu=400, tokens_per_gpu=5),
+        record("16 frames", "rank 0 of 4 alone", 12.5, tokens_per_second_and_gpu=480, tokens_per_gpu=5),
+        record("16 frames", "rank 1 of 4 alone", 12.5, tokens_per_second_and_gpu=320, tokens_per_gpu=5),
         record("prediction", "1 GPU", 30.0),
         record("prediction", "2 GPUs", 20.0),
         Record.of_times("scaling", "weights shared", "2 GPUs, alone", [4.0]),
     ]
     append(tmp_path / "scaling.jsonl", records)
     rows = [line for line in scaling_table(tmp_path / "scaling.jsonl").splitlines() if "GPUs" in line][1:]
-    assert [row.split(" | ")[-1] for row in rows] == ["95.0% |", "80.0% |", "75.0% |", "- |"]
+    assert [row.split(" | ")[-1] for row in rows] == ["95.0% |", "80.0% |", "100.0% |", "75.0% |", "- |"]
 
 
 def record(case: str, impl: str, ms: float, **notes) -> Record:

@@ -84,22 +84,11 @@ def losses(outputs: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
 
 
-def run_on_the_cpu(args: list[str]) -> None:
-    """A run with the bits of `run`: in this process, unless this one would use a GPU, which saves a start's seconds."""
-    from stdit_fast.train.trainer import Trainer
-
-    if torch.cuda.is_available():
-        run(args)
-        return
-    with as_it_was():
-        Trainer(parse(args)).train()
-
-
 @pytest.fixture(scope="session")
 def finished(table, tmp_path_factory):
-    """An uninterrupted run of 9 steps of two micro-batches."""
+    """An uninterrupted run of 9 steps of two micro-batches, in a process of its own: bits depend on its threads."""
     outputs = tmp_path_factory.mktemp("finished")
-    run_on_the_cpu(arguments(table, outputs, steps=9, grad_accumulation=2))
+    run(arguments(table, outputs, steps=9, grad_accumulation=2))
     return outputs
 
 
@@ -144,7 +133,7 @@ def test_terminated_and_killed_it_continues_bit_for_bit(table, finished, tmp_pat
             assert checkpoint.newest_checkpoint(tmp_path / "checkpoints").name == f"step-{done:08d}"
         else:
             assert process.returncode == -signal.SIGKILL
-    run_on_the_cpu(args)
+    run(args)
     assert losses(tmp_path) == losses(finished)
     for part in ("model", "ema"):
         file = Path("checkpoints", "step-00000009", part, "model.safetensors")

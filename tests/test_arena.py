@@ -440,7 +440,7 @@ def test_a_step_that_does_not_fit_recomputes_more(monkeypatch):
     """And its results are the same."""
     fused, _ = models(depth=4)
     fused.train()
-    given = on_device(batches()["small"])
+    given = on_device(batches()["image"])
     want = step(fused, given)
     arena, tried = SimpleNamespace(usable=100.0, use_alone=nullcontext), []
     run = fused._run_blocks

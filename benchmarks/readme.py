@@ -51,10 +51,10 @@ def headline_table(results: Path, recipe: Path) -> str:
         )
     ]
     encoding = "encoding in the step"
+    peer = f"Open-Sora 1.1, {encoding}"
     rows += [
         (f"whole training step of those 17 clips, {what}", records["train_step", case, "stdit_fast"]["ms"], peer, whole)
         for case, what in (("240p-16-17-online", encoding), ("240p-16-17-features", "on features made before"))
-        for peer in (f"Open-Sora 1.1, {encoding}",)
     ]
     rows += [
         (f"attention within frames of {case.split('x')[1]} tokens, QK-norm inside", attention(case, "cuda"), peer, its)
@@ -86,7 +86,7 @@ def step_table(path: Path) -> str:
     cases = list(dict.fromkeys(r["case"] for r in records))
     for r in sorted(records, key=lambda r: (cases.index(r["case"]), IMPLEMENTATIONS.index(r["impl"]))):
         rows.append(f"| {r['case']}{_checkpointing(r['notes'])} | {r['impl']} | {_figures(r)} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.step`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.step`")
 
 
 def _checkpointing(notes: dict) -> str:
@@ -106,7 +106,7 @@ def sample_table(path: Path) -> str:
     for r in records:
         implementation = r["impl"].removesuffix(r["notes"]["what"]).strip()
         rows.append(f"| {r['case']} | {_what(r['notes'])} | {implementation} | {_figures(r)} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sample`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.sample`")
 
 
 def _what(notes: dict) -> str:
@@ -158,7 +158,7 @@ def attention_table(path: Path, cases: str = "sequences x length, 16 heads of 72
             cells = [f"{r['ms']:.3f} ms, {r['flops'] / r['ms'] / 1e9:.0f} TFLOP/s" for r in found]
             rows.append(f"| {case} | {' | '.join(cells)} |")
     command = f"`python -m stdit_fast.benchmarks.attention{arguments}`"
-    return "\n".join([*rows, "", _machine(list(records.values())), "", command])
+    return _page(rows, list(records.values()), command)
 
 
 def optimizer_table(path: Path) -> str:
@@ -173,7 +173,7 @@ def optimizer_table(path: Path) -> str:
         averages = "no" if rest.endswith("-no-ema") else "yes"
         cells = f"{averages} | {r['impl']} | {spread} | {'-' if share is None else f'{share:.0%}'}"
         rows.append(f"| {names[kind]} | {cells} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.optimizer`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.optimizer`")
 
 
 def train_step_table(path: Path, options: str = "") -> str:
@@ -198,7 +198,7 @@ def train_step_table(path: Path, options: str = "") -> str:
         cells = [f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})", *(f"{ms:.1f}" for ms in times)]
         cells += [f"{r['notes']['transformer_share']:.1%}", f"{r['peak_gib']:.1f}"]
         rows.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join([*rows, "", _machine(records), "", f"`python -m stdit_fast.benchmarks.train_step{options}`"])
+    return _page(rows, records, f"`python -m stdit_fast.benchmarks.train_step{options}`")
 
 
 def loading_table(path: Path) -> str:
@@ -228,7 +228,7 @@ def encode_table(path: Path) -> str:
         clips, tokens = (own[what] / own["samples"] for what in ("clips", "tokens"))
         cells = [f"{stage}, {samples}", *rates, str(own["workers"]), f"{kib[0]:,.0f}", f"{kib[1]:,.0f}", f"{clips:.2f}"]
         rows.append(f"| {' | '.join(cells)} | {kib[2]:,.0f} | {tokens:.0f} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.encode --once`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.encode --once`")
 
 
 def encoders_table(path: Path) -> str:
@@ -240,7 +240,7 @@ def encoders_table(path: Path) -> str:
     records = list(latest(path).values())
     for r in records:
         rows.append(f"| {r['case']} | {r['impl']} | {_figures(r)} | {r['notes']['relative_error']:.1%} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.encoders`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.encoders`")
 
 
 def quick_table(path: Path) -> str:
@@ -286,7 +286,7 @@ def sweep_table(folder: Path) -> str:
             f"{even['waiting']:.0%} | {even['original_waiting']:.0%} | {peak:.0f} |"
         )
     records = [{"device": t.device, "versions": t.versions, "date": t.date} for t in tables]
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.sweep --config CONFIG...`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.sweep --config CONFIG...`")
 
 
 def scaling_table(path: Path) -> str:
@@ -301,7 +301,7 @@ def scaling_table(path: Path) -> str:
         spread = f"{r['ms']:.1f} ({r['ms_low']:.1f} to {r['ms_high']:.1f})"
         cells = f"{'-' if rate is None else f'{rate:,}'} | {'-' if together is None else f'{together:.1%}'}"
         rows.append(f"| {r['case']} | {r['impl']} | {spread} | {cells} |")
-    return "\n".join([*rows, "", _machine(records), "", "`python -m stdit_fast.benchmarks.scaling mix long sample`"])
+    return _page(rows, records, "`python -m stdit_fast.benchmarks.scaling mix long sample`")
 
 
 def _of_alone(r: dict, records: list[dict]) -> float | None:
@@ -347,7 +347,7 @@ def sweep_check_table(path: Path) -> str:
             f"{own[0]['notes']['out_of_memory_of_all']} times |"
         )
     command = "`python -m stdit_fast.benchmarks.sweep_check --config CONFIG... --table TABLE...`"
-    return "\n".join([*rows, "", _machine(records), "", command])
+    return _page(rows, records, command)
 
 
 def plan_table() -> str:
@@ -369,6 +369,11 @@ def _figures(r: dict) -> str:
     peak = "-" if r["peak_gib"] is None else f"{r['peak_gib']:.1f}"
     spread = f"{r['ms']:.0f} ({r['ms_low']:.0f} to {r['ms_high']:.0f})"
     return f"{spread} | {r['flops'] / r['ms'] / 1e9:.0f} | {peak}"
+
+
+def _page(rows: list[str], records: list[dict], command: str) -> str:
+    """A table, where and when its records were measured, and what makes them anew."""
+    return "\n".join([*rows, "", _machine(records), "", command])
 
 
 def _machine(records: list[dict]) -> str:

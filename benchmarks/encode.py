@@ -130,12 +130,9 @@ def run(folder: Path, args: argparse.Namespace) -> Record:
     """All three runs, or the first alone, in a scratch folder."""
     vae, text = "patch-codec", "minilm-embeddings"
     if not args.small:
-        from stdit_fast.benchmarks.random_encoders import random_autoencoder
-        from stdit_fast.benchmarks.train_run import write_tokenizer
+        from stdit_fast.benchmarks.train_run import make_real_size_encoders
 
-        vae, text = folder / "vae", folder / "t5"
-        random_autoencoder().save_pretrained(vae)
-        write_tokenizer(text)
+        vae, text = make_real_size_encoders(folder, text=False)
     table = write_table(folder, itertools.islice(itertools.cycle(ROWS), args.samples))
     command = [*START, "--config", args.config, "--dataset.data_path", str(table)]
     command += ["--vae.from_pretrained", str(vae), "--text_encoder.from_pretrained", str(text)]

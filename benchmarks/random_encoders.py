@@ -19,22 +19,28 @@ def random_autoencoder():
     )
 
 
+def t5_config(**sizes: int):
+    """A T5Config of T5 1.1's kind of encoder."""
+    from transformers import T5Config
+
+    return T5Config(
+        vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+        tie_word_embeddings=False, **sizes,
+    )  # fmt: skip
+
+
 def random_t5(**sizes: int):
     """A T5 encoder of the given sizes with random weights, the same each time, in bfloat16, on the GPU if there is one.
 
     Returns:
         A T5EncoderModel.
     """
-    from transformers import T5Config, T5EncoderModel
+    from transformers import T5EncoderModel
 
-    config = T5Config(
-        vocab_size=32128, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-        tie_word_embeddings=False, **sizes,
-    )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            return T5EncoderModel(config)
+            return T5EncoderModel(t5_config(**sizes))
     finally:
         torch.set_default_dtype(torch.float32)

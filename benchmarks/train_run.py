@@ -26,7 +26,7 @@ import torch
 
 from stdit_fast.arguments import check_output_folder
 from stdit_fast.benchmarks import encode
-from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5, t5_config
 from stdit_fast.benchmarks.records import command_line, device_name, installed_versions
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.train.demo_data import CAPTIONS
@@ -79,11 +79,13 @@ def make_real_size_encoders(folder: Path, text: bool = True) -> tuple[Path, Path
     """(autoencoder, T5 encoder with a tokenizer), random weights at the sizes of sd-vae-ft and t5-v1_1-xxl.
 
     Args:
-        text: whether T5's weights are written; its tokenizer always is.
+        text: whether T5's weights are written; its config.json and tokenizer always are.
     """
     random_autoencoder().save_pretrained(folder / "vae")
     if text:
         random_t5(**T5_XXL).save_pretrained(folder / "t5")
+    else:
+        t5_config(**T5_XXL).save_pretrained(folder / "t5")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     write_tokenizer(folder / "t5")

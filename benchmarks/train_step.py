@@ -31,11 +31,11 @@ import torch
 import yaml
 from torch.profiler import record_function
 
-from stdit_fast.benchmarks.random_encoders import T5_XXL, random_autoencoder, random_t5
+from stdit_fast.benchmarks.random_encoders import T5_XXL, random_t5
 from stdit_fast.benchmarks.records import Record, append, results_file
 from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
-from stdit_fast.benchmarks.train_run import write_tokenizer
+from stdit_fast.benchmarks.train_run import make_real_size_encoders
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.parallel.allocator import expand_segments
 from stdit_fast.train.config import TrainConfig, parse
@@ -334,9 +334,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = write_table(scratch, buckets)
         vae, text = "patch-codec", "minilm-embeddings"
         if not args.small:
-            vae, text = scratch / "vae", scratch / "t5"
-            random_autoencoder().save_pretrained(vae)
-            write_tokenizer(text)
+            vae, text = make_real_size_encoders(scratch, text=False)
         command = ["--config", str(write_config(scratch, buckets, args.config)), *(SMALL if args.small else [])]
         command += ["--dataset.data_path", str(scratch / "table.csv"), "--dataset.num_workers", str(args.workers)]
         command += ["--dataset.frame_interval", str(FRAME_INTERVAL), "--outputs", str(scratch / "run")]

@@ -32,6 +32,23 @@ def test_steps_that_take_turns_and_encode_ahead(tmp_path):
         assert image["notes"]["parts"][part] < video["notes"]["parts"][part], part
 
 
+def test_encoders_with_random_weights_pass_for_real_ones(tmp_path, monkeypatch):
+    """A T5 of which no more than config.json and tokenizer lies on the disk, and an autoencoder, both smaller here."""
+    from test_autoencoder import tiny_autoencoder_kl
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    monkeypatch.setattr(train_run, "random_autoencoder", tiny_autoencoder_kl)
+    monkeypatch.setattr(train_run, "T5_XXL", sizes)
+    monkeypatch.setattr(train_step, "T5_XXL", sizes)
+    command = ["--cases", "144p-1-2-features", "144p-1-2-online", "--workers", "0", "--steps", "3"]
+    command += ["--out", str(tmp_path / "steps.jsonl")]
+    model = ["--model.hidden_size", "48", "--model.num_heads", "2", "--model.depth", "2"]
+    with as_it_was():
+        assert train_step.main([*command, "--", *model, "--plugin", "auto", "--dtype", "auto"]) == 0
+    features, online = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
+    assert features["notes"]["parts"]["text encoder"] == 0 < online["notes"]["parts"]["text encoder"]
+
+
 def test_whole_steps_are_measured_and_drawn(tmp_path):
     command = [sys.executable, "-m", "stdit_fast.benchmarks.train_step", "--small", "--workers", "0", "--steps", "3"]
     command += ["--cases", "144p-1-2-features", "144p-1-2-online", "--out", tmp_path / "steps.jsonl"]

@@ -5,7 +5,7 @@
 # make clean     removes what was built and the environment
 #
 # Variables: PYTHON (the interpreter), VENV (the environment's folder, .venv), TORCH (what pip installs as torch,
-# `make demo TORCH=torch==2.11.0`), DEMO_ARGS (`--short`), TEST_ARGS (`-k buckets`).
+# `make demo TORCH=torch==2.11.0`), DEMO_ARGS (`--short`), TEST_ARGS (`-k buckets`; `-n 0` for one process).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,7 +24,7 @@ demo: install
 	$(VENV)/bin/python -m stdit_fast.train.demo $(DEMO_ARGS)
 
 test: install
-	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
 
 install: $(STAMP)
 

@@ -24,6 +24,15 @@ from safetensors import safe_open
 DATA = Path(__file__).parent / "data"
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """Processes of `-n auto`: one on a GPU, whose memory and time tests want for themselves; else a core each, some GB
+    of memory each, and not so many that those which start processes of their own get in each other's way."""
+    if torch.cuda.is_available():
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // (6 << 30), 4))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def exact_float32():
     torch.backends.cudnn.allow_tf32 = False  # what tests compare with in float32 should be float32

@@ -586,8 +586,7 @@ def main(arguments: list[str] | None = None) -> int:
     modes = {"auto": [not with_features], "on": [True], "off": [False], "both": [False, True]}[args.encoders]
     from stdit_fast.benchmarks.sweep_report import write_report  # which knows this module
 
-    if args.world_size == 1:
-        _say(expand_segments())  # as training on one GPU does; else gaps between pieces of many sizes cost time
+    _say(expand_segments())  # as training does; else gaps between pieces of many sizes cost time
     device = torch.device("cuda", torch.cuda.current_device())
     total = torch.cuda.get_device_properties(device).total_memory
     if args.memory_gib:

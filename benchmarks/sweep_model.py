@@ -406,13 +406,14 @@ def chosen_for(options: dict[Shape, list[Choice]], tried: np.ndarray) -> list[li
 
 
 def targets(options: dict[Shape, list[Choice]], longest: float = math.inf, count: int = 160) -> np.ndarray:
-    """Step times worth trying: from three quarters of the longest that one sample takes, to three times that.
+    """Step times worth trying: from three quarters of the longest that one sample takes, to three times that, or to
+    where EXCHANGE is an eighth.
 
     Args:
         longest: seconds beyond which none is, unless a sample takes that long.
     """
     lowest = max(found[0].seconds for found in options.values())
-    return np.geomspace(0.75 * lowest, max(min(3 * lowest, longest), lowest), count)
+    return np.geomspace(0.75 * lowest, max(min(max(3 * lowest, 8 * EXCHANGE), longest), lowest), count)
 
 
 def best_target(

@@ -95,6 +95,9 @@ def test_calls_that_cannot_be_served_are_refused_before_any_launch(changes, mess
 def test_scratch_memory_of_the_forward_pass():
     short, long = (_cuda.library().Attention(**arguments(queries=n, keys=n)) for n in (300, 1590))
     assert short.forward_scratch() == 0
+    for sequences, keys, wanted in ((1320, 144, 256), (1319, 144, 0), (1320, 80, 0), (1320, 192, 256), (1320, 193, 0)):
+        call = _cuda.library().Attention(**arguments(sequences=sequences, queries=keys, keys=keys))
+        assert call.forward_scratch() == wanted, (sequences, keys)
     for scratch in (0, 100):
         with pytest.raises(RuntimeError, match="scratch memory does not begin at a multiple of 256"):
             long.forward(scratch, 0, 0)
@@ -137,6 +140,20 @@ def test_registers_are_those_of_the_table():
     for kernel, used in found.items():
         for what, count in used.items():
             assert count <= table[kernel][what], f"{kernel}: {what} {count}, in {REGISTERS.name} {table[kernel][what]}"
+
+
+@needs_library
+@pytest.mark.skipif(not CUOBJDUMP, reason="no cuobjdump")
+def test_products_need_not_wait_for_each_other():
+    """Where registers run out, the compiler has each wgmma waited for, and says so in a line of a long log."""
+    command = [CUOBJDUMP, "-sass", str(Path(_cuda.library().__file__).with_name("libstdit_cuda.so"))]
+    text = subprocess.run(command, text=True, check=True, stdout=subprocess.PIPE).stdout
+    with_products = 0
+    for function in text.split("Function : ")[1:]:
+        products, fences = function.count("HGMMA"), function.count("WARPGROUP.ARRIVE")
+        with_products += products > 0
+        assert 3 * fences <= products, f"{function.split()[0]}: {products} products, {fences} fences"
+    assert with_products > 20
 
 
 def registers_of_library() -> dict[str, dict[str, int]]:
@@ -224,6 +241,8 @@ def test_weights_too_large_for_a_bound(length):
 
 SIZES = [(24, 144, 16, 72), (24, 300, 16, 72), (2, 300, 3, 72), (2, 1100, 16, 72), (40, 513, 16, 72)]
 SIZES += [(40, 65, 16, 72), (24, 200, 16, 72), (24, 256, 16, 72)]
+SIZES += [(90, 144, 16, 72), (660, 100, 2, 72), (90, 200, 16, 72)]  # blocks keep together
+SIZES += [(90, 144, 16, 80), (90, 200, 16, 96)]
 SIZES += [(frames, length, 16, d) for d in OTHER_HEAD_DIMS for frames, length in ((24, 144), (24, 300), (16, 513))]
 
 
@@ -257,9 +276,10 @@ def test_every_value_is_written(monkeypatch, head_dim):
         return out.fill_(float("nan")) if out.is_floating_point() else out.fill_(255)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-    for length in (5, 144, 300, 390):
-        given = {name: x.bfloat16().requires_grad_() for name, x in inputs(1, 2, length, 3, head_dim=head_dim).items()}
-        for x in gradients(fused, given, randn(1, 2, length, 3 * head_dim, dtype=torch.bfloat16)):
+    for frames, length in ((2, 5), (2, 144), (2, 300), (2, 390), (440, 144)):
+        given = inputs(1, frames, length, 3, head_dim=head_dim)
+        given = {name: x.bfloat16().requires_grad_() for name, x in given.items()}
+        for x in gradients(fused, given, randn(1, frames, length, 3 * head_dim, dtype=torch.bfloat16)):
             assert x.isfinite().all()
 
 

@@ -31,6 +31,8 @@
 // Keys and values of a head stay in the ring for all its units that a block has, if they fit. Ahead: a unit's first
 // scores are asked for with the last product of the one before, whose results leave meanwhile.
 //
+// Of few keys and many heads, blocks wait for each other before they load another head (pace.h).
+//
 // Packed keys (cross attention over text): they always fit; the order of units is in units.h.
 
 #include <algorithm>
@@ -38,6 +40,7 @@
 
 #include "attention/head_dim.h"
 #include "attention/key_image.h"
+#include "attention/pace.h"
 #include "attention/row_image.h"
 #include "attention/shared.h"
 #include "attention/turns.h"
@@ -54,6 +57,9 @@ template <int D_, int Consumers_, int Keys_, int Stages_, bool Packed_ = false, 
 struct Forward {
   static constexpr bool kPacked = Packed_, kAhead = Ahead_, kImaged = Imaged_;
   static constexpr int D = D_, kConsumers = Consumers_, kKeys = Keys_, kStages = Stages_, kQueryStages = 2;
+  // Blocks keep together (pace.h). With so many registers in use as there are for what is kAhead of 128 keys, the compiler
+  // would have products wait for each other, for the little that this adds.
+  static constexpr bool kPaced = !kPacked && !kImaged && !(kAhead && kKeys == 128);
   static constexpr int kFeeders = Feeders_, kNormalisers = 4 * kFeeders - 1;  // warpgroups; warps
   static constexpr int kQueries = 64 * kConsumers, kThreads = 128 * (kConsumers + kFeeders);
   static constexpr int kTail = kKeys == 128 || (kKeys == 80 && !kPacked) ? 64 : 48;  // keys of a narrow last tile
@@ -100,6 +106,7 @@ struct ForwardArguments {
   int run_units;      // of a run, at most
   RunPlace step;      // from a block's run to its next
   int heads_at_once;  // packed: that neighbouring blocks work on
+  int* begun;         // of Pace, zero before; null: of more keys, or few heads
   const char* key_image;  // imaged: [sequences * heads] of key_length rows
   int key_length;
 };
@@ -162,7 +169,9 @@ __device__ __forceinline__ void produce(const ForwardArguments& a, typename F::S
   constexpr int D = F::D;
   RingPlace<F::kQueryStages> q;
   RingPlace<F::kStages> kv;
+  Pace pace(a.begun);
   for (auto u = units_of<F>(a, s); u.valid(); u.next()) {
+    if (F::kPaced && u.first) pace.next();
     const int first_query = u.unit * F::kQueries, tiles = min(F::kConsumers, (a.queries - first_query + 63) / 64);
     s.q_empty[q.stage].wait(q.parity ^ 1);
     s.q_full[q.stage].arrive_and_expect(tiles * F::QueryTile::kLoadBytes);
@@ -568,6 +577,8 @@ int count_runs(int64_t items, int units, int multiprocessors) {
   return best;
 }
 
+constexpr int64_t kPaceBytes = 256;
+
 // Of a head's keys, in whole tiles.
 template <class F>
 int64_t image_rows(const stdit_attention& call) {
@@ -610,6 +621,10 @@ void launch(const stdit_attention& call, void* scratch, cudaStream_t stream) {
     a.key_image = static_cast<char*>(scratch);
     make_key_image<F::D>(call, static_cast<char*>(scratch), nullptr, a.key_length, stream);
   }
+  if (F::kPaced && keeps_pace<F::D>(call) && memory_lags()) {
+    a.begun = static_cast<int*>(scratch);
+    STDIT_CHECK(cudaMemsetAsync(a.begun, 0, sizeof(int), stream));
+  }
   const auto kernel = attention_forward_kernel<F>;
   STDIT_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, F::kSharedBytes));
   kernel<<<blocks, F::kThreads, F::kSharedBytes, stream>>>(a);
@@ -624,6 +639,7 @@ int64_t tiles_of(const stdit_attention& call) {
 
 // Up to so many keys, which stay in the ring, seven warps normalise them where they lie; of more an image is made.
 constexpr int64_t kMostKeysWithoutImage = 512;
+static_assert(kMostPacedKeys <= kMostKeysWithoutImage, "scratch memory is for one of both");
 
 // Calls f(a kernel) with the one that serves a call.
 template <int D, class F>
@@ -673,6 +689,7 @@ int64_t forward_scratch(const stdit_attention& call) {
   int64_t bytes = 0;
   choose<D>(call, [&](auto kernel) {
     using F = decltype(kernel);
+    if (F::kPaced && keeps_pace<D>(call)) bytes = kPaceBytes;
     if (F::kImaged) bytes = call.sequences * call.heads * Image<D>::bytes(image_rows<F>(call));
   });
   return bytes;

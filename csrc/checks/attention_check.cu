@@ -343,7 +343,7 @@ int main(int count, char** arguments) {
                           {1, 192, 1, true}, {1, 193, 2, true}, {5, 300, 30, true}, {1, 321, 2, true},
                           {1, 385, 1, true}, {5, 390, 30, true}, {1, 700, 1, true}, {1, 300, 1, false},
                           {1, 449, 1, false}, {3, 65, 130, true}, {2, 200, 70, true}, {1, 257, 2, true},
-                          {1, 256, 1, false}, {1, 1110, 1, true}, {230, 3, 16, true}};
+                          {1, 256, 1, false}, {1, 1110, 1, true}, {230, 3, 16, true}, {66, 81, 20, true}};
   std::vector<int> wanted;
   for (int i = 1; i < count; ++i) wanted.push_back(std::atoi(arguments[i]));
   bool good = true;

@@ -494,26 +494,33 @@ def sample(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
         model = STDiT2(STDiT2Config(depth=args.depth, **width)).to(torch.bfloat16 if on_gpu else torch.float32).eval()
     count = processes.world_size
     shared = count > 1
-    predictor = SharedPredictor(model, SequenceGroups(processes, [count])[count]) if shared else Predictor(model)
+    predictors = {"": Predictor(model)}
+    if shared:
+        groups = SequenceGroups(processes, [count])
+        predictors[""] = SharedPredictor(model, groups[count])
+        if on_gpu:
+            group = replace(groups[count], copies=groups.copies_of(groups[count]))
+            predictors[COPIED] = SharedPredictor(model, group)
     shape = 2, 4, SAMPLED_FRAMES, args.height // 8, args.width // 8
     x = torch.randn(shape, device=processes.device)
     one, parameter = torch.ones(2, device=processes.device), next(model.parameters())
     text = torch.randn(2, 1, TEXT_TOKENS, model.config.caption_channels, dtype=parameter.dtype, device=parameter.device)
     scalars = {"num_frames": SAMPLED_FRAMES, "height": args.height, "width": args.width, "fps": 24}
     scalars = {name: one * value for name, value in scalars.items()} | {"ar": one * args.height / args.width}
-    predictor.bind(model.encode_text(text), **scalars)
-    times = []
-    for i in range(WARMUP["sample"] + (args.steps or STEPS["sample"])):
-        if on_gpu:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        predictor(x, torch.full((2,), 500, device=processes.device))
-        if on_gpu:
-            torch.cuda.synchronize()
-        times += [1000 * (time.perf_counter() - started)] if i >= WARMUP["sample"] else []
     case = f"one prediction with guidance, {args.height}x{args.width}, {SAMPLED_FRAMES} frames"
-    impl = f"{count} GPU{'s' * shared}"
-    yield Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
+    for name, predictor in predictors.items():
+        predictor.bind(model.encode_text(text), **scalars)
+        times = []
+        for i in range(WARMUP["sample"] + (args.steps or STEPS["sample"])):
+            if on_gpu:
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            predictor(x, torch.full((2,), 500, device=processes.device))
+            if on_gpu:
+                torch.cuda.synchronize()
+            times += [1000 * (time.perf_counter() - started)] if i >= WARMUP["sample"] else []
+        impl = f"{count} GPU{'s' * shared}{name}"
+        yield Record.of_times("scaling", case, impl, times, notes={"depth": args.depth, "sequence_parallel": count})
 
 
 def main() -> int:

@@ -220,6 +220,8 @@ def main(folder: Path, runs: dict[str, list[str]]) -> None:
         for name in names:
             result["copies"][f"{size}: {name}"] = compare(copied, name, alone[name])
             say(f"{name}: shared by {size}, by copies")
+    chosen = SequenceGroups(processes, sizes, "auto")
+    result["by itself"] = {size: chosen[size].copies is not None for size in sizes}
     result["mixed"] = mixed_steps(processes)
     say("mixed steps")
     result["runs"] = {}

@@ -295,8 +295,8 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     processes = launch(0)
-    groups = SequenceGroups(processes, [1, 2, 4])
-    result = {"cases": {}, "copies": {}}
+    groups = SequenceGroups(processes, [1, 2, 4], "auto")
+    result = {"cases": {}, "copies": {}, "transfers": groups.describe()}
     for size in (2, 4):
         group = groups[size]
         assert (group.first, group.rank) == (rank // size * size, rank % size)
@@ -305,7 +305,7 @@ def work(folder: Path, rank: int, arguments: list[str]) -> None:
             result["cases"][f"{size}: {name}"] = compare(group, name, diffusion)
             copied = by_copies(group, folder)
             result["copies"][f"{size}: {name}"] = compare(copied, name, diffusion)
-        result[f"prediction {size}"] = predictions(group)
+        result[f"prediction {size}"] = max(predictions(group), predictions(by_copies(group, folder)))
         result[f"largest {size}"] = [group.largest(10 + rank), group.first + size + 9]
     result["refusals"] = refusals(processes, groups[processes.world_size])
     one = Trainer(parse(arguments))

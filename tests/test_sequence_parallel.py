@@ -94,6 +94,12 @@ def test_copies_need_no_collective(results):
             assert case["forward"] == case["backward"] == [], name
 
 
+def test_processes_without_gpus_are_given_collectives(results):
+    for result in results:
+        for size in (2, 4):
+            assert f"videos shared by {size}: their parts travel by collectives" in result["transfers"]
+
+
 def test_predictions_without_gradients(results):
     for result in results:
         for size in (2, 4):

@@ -258,7 +258,8 @@ class TrainConfig:
             many frames at least; or by bucket, {resolution: {num_frames: size}}, 1 where none is named; or "auto":
             such that a batch of any bucket takes about as long.
         sequence_transfers: what moves the parts of shared batches: "collectives" of NCCL or gloo; "copies" by the copy
-            engines of GPUs of one machine, which keep no kernel from its multiprocessors, but have not been timed.
+            engines of GPUs of one machine, which keep no kernel from its multiprocessors; "auto": copies where a
+            group can. The bits are the same.
         dtype: "bf16" with fp32 masters (zero2), "fp32" (ddp), "auto".
         steps: optimizer steps in all.
         grad_accumulation: batches a rank and step.
@@ -314,7 +315,7 @@ class TrainConfig:
     seed: int = 42
     plugin: str = "auto"
     sequence_parallel: int | dict | typing.Literal["auto"] = 1
-    sequence_transfers: typing.Literal["collectives", "copies"] = "collectives"
+    sequence_transfers: typing.Literal["auto", "collectives", "copies"] = "auto"
     dtype: str = "auto"
     steps: int = 100000
     grad_accumulation: int = 1

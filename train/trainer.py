@@ -617,6 +617,8 @@ class Trainer:
             f"{self.processes.world_size} x {self.device.type}, "
             f"{self.data.sampler.steps_per_epoch(self.data.sampler.epoch)} steps an epoch"
         )
+        if transfers := self.booster.plugin.sequence_groups.describe():
+            self.metrics.message(transfers)
         if self.vae is not None:
             encoders = f"autoencoder: {self.vae.served_by()}; text encoder: {self.text_encoder.served_by()}"
             self.metrics.message(encoders)

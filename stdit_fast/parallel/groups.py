@@ -4,6 +4,7 @@ Ranks of a group are neighbours: with size n, ranks k*n to k*n + n - 1 are group
 run starts, since every rank has to take part; which of them a step uses may change from batch to batch.
 """
 
+import warnings
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -57,8 +58,8 @@ class SequenceGroups:
 
     Args:
         sizes: those that the run will use; 1 needs no group.
-        transfers: what moves parts of videos: "collectives"; or "copies", by the GPUs' copy engines, which all of a
-            group have to be of one machine for.
+        transfers: what moves parts of videos: "collectives"; "copies", by the GPUs' copy engines, which all of a
+            group have to be of one machine for; or "auto": copies in groups that can.
 
     Raises:
         ConfigError: a size that there is no such thing as, or that does not divide the number of processes; copies
@@ -73,7 +74,7 @@ class SequenceGroups:
             check_size(size, processes.world_size)
         for size in wanted:
             group = self._build(size)
-            if transfers == "copies":
+            if transfers == "copies" or (transfers == "auto" and self._can_copy(group)):
                 group = replace(group, copies=self.copies_of(group))
             self._groups[size] = group
 
@@ -90,6 +91,20 @@ class SequenceGroups:
         Raises:
             ConfigError: not all of them can read each other's memory.
         """
+        unreached = self._unreached(group)
+        if unreached:
+            remedy = f"{unreached} of {group.size} ranks cannot read the others' memory; use collectives"
+            raise ConfigError(TRANSFERS, "copies", remedy)
+        device = self.processes.device
+        return PeerCopies(group.rank, group.size, device, partial(SymmetricSlots, group.device, device))
+
+    def describe(self) -> str:
+        """What moves parts of videos, by size of group, in a line."""
+        ways = {size: "copies between GPUs" if group.copies else "collectives" for size, group in self._groups.items()}
+        return "; ".join(f"videos shared by {size}: their parts travel by {way}" for size, way in ways.items())
+
+    def _unreached(self, group: SequenceGroup) -> int:
+        """How many members cannot read the memory of all others."""
         device = self.processes.device
         index = device.index if device.type == "cuda" else -1
         seen = group.exchange([zlib.crc32(machine_id().encode()), index])
@@ -98,11 +113,22 @@ class SequenceGroups:
         reached = one_machine and all(
             index != other >= 0 and torch.cuda.can_device_access_peer(index, other) for other in others
         )
-        unreached = sum(not all(part) for part in group.exchange([reached]))
-        if unreached:
-            remedy = f"{unreached} of {group.size} ranks cannot read the others' memory; use collectives"
-            raise ConfigError(TRANSFERS, "copies", remedy)
-        return PeerCopies(group.rank, group.size, device, partial(SymmetricSlots, group.device, device))
+        return sum(not all(part) for part in group.exchange([reached]))
+
+    def _can_copy(self, group: SequenceGroup) -> bool:
+        """Whether copies work among a group's members; where they should and do not, a warning says why."""
+        if self._unreached(group):
+            return False
+        failure = ""
+        try:
+            SymmetricSlots(group.device, self.processes.device, 1)
+        except RuntimeError as error:  # of a container that may not pass memory on, say
+            failure = str(error).splitlines()[0]
+        failed = sum(value for (value,) in group.exchange([int(bool(failure))]))
+        if failed and group.rank == 0:
+            reason = f"{failed} of {group.size} ranks could not share memory{failure and f' ({failure})'}"
+            warnings.warn(f"{TRANSFERS}: {reason}; collectives move parts of videos instead", stacklevel=2)
+        return not failed
 
     def _build(self, size: int) -> SequenceGroup:
         import_colossalai()

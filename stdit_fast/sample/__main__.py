@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         if samples or settings.save_pipeline is not None:
             pipeline = load_pipeline(source, settings.backend)
             if processes is not None:
-                pipeline.share(SequenceGroups(processes, [processes.world_size])[processes.world_size])
+                size = processes.world_size
+                pipeline.share(SequenceGroups(processes, [size], "auto")[size])
             status = 1
             if settings.save_pipeline is not None and pipeline.writes:
                 save_whole(pipeline, Path(settings.save_pipeline))

@@ -33,6 +33,15 @@ def need_gpu(what: str) -> None:
         raise ConfigError("GPU", None, f"{what}, and none is visible; `pytest benchmarks/` has cases for the CPU")
 
 
+def tell_cpu(less: str) -> None:
+    """Says, where no GPU is visible, that the CPU does what was asked for, which takes long, and `less` would not."""
+    import torch
+
+    if not torch.cuda.is_available():
+        told = f"no GPU is visible: the whole model runs on the CPU, in float32; {less} takes less time"
+        print(told, file=sys.stderr)
+
+
 def processor_name() -> str:
     """The processor's model."""
     cpu = Path("/proc/cpuinfo")

@@ -19,7 +19,7 @@ import torch
 
 from stdit_fast import STDiT2
 from stdit_fast.benchmarks.monitor import watched
-from stdit_fast.benchmarks.records import Record, append, results_file
+from stdit_fast.benchmarks.records import Record, append, results_file, tell_cpu
 from stdit_fast.benchmarks.step import (
     IMPLEMENTATIONS,
     TOKENS_OF_TEXT,
@@ -152,6 +152,8 @@ def main() -> int:
     args = parser.parse_args()
     for case in args.cases:
         parse_case(case)
+    if args.depth > 1:
+        tell_cpu("--depth 1 --steps 2 with a case like 144p-1-1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(COLUMNS)
     for impl in args.impl:

@@ -15,7 +15,7 @@ import torch
 
 from stdit_fast import STDiT2, STDiT2Config
 from stdit_fast.benchmarks.monitor import watched
-from stdit_fast.benchmarks.records import Record, append, results_file
+from stdit_fast.benchmarks.records import Record, append, results_file, tell_cpu
 from stdit_fast.errors import ConfigError, run_command
 from stdit_fast.model import memory
 from stdit_fast.model.arena import leave_default_stream
@@ -121,6 +121,8 @@ def main() -> int:
     if args.memory_gib and not torch.cuda.is_available():
         raise ConfigError("memory-gib", args.memory_gib, "it is for a GPU, and none is visible; leave it out")
 
+    if args.depth > 1:
+        tell_cpu("--depth 1 with a case like 144p-1-1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leave_default_stream(torch.device(device))  # as the trainer does
     if args.memory_gib:

@@ -32,7 +32,7 @@ import yaml
 from torch.profiler import record_function
 
 from stdit_fast.benchmarks.random_encoders import T5_XXL, random_t5
-from stdit_fast.benchmarks.records import Record, append, results_file
+from stdit_fast.benchmarks.records import Record, append, results_file, tell_cpu
 from stdit_fast.benchmarks.step import parse_case, positions_of, step_flops
 from stdit_fast.benchmarks.trace import profile_step
 from stdit_fast.benchmarks.train_run import make_real_size_encoders
@@ -328,6 +328,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="further `--key value` of the training, after `--`")
     args = parser.parse_args(arguments)
     check_cases([*args.cases, *args.trace])
+    if not args.small:
+        tell_cpu("--small")
     buckets = list(dict.fromkeys(case.rpartition("-")[0] for case in args.cases))
     with tempfile.TemporaryDirectory() as scratch, random_t5_where_it_runs():
         scratch = Path(scratch)

@@ -155,7 +155,19 @@ def test_a_step_runs(tmp_path, monkeypatch, capsys):
     (record,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert record["impl"] == "reference" and record["ms"] > 0 and record["notes"]["depth"] == 1
     assert record["flops"] == step.step_flops(STDiT2Config(depth=1), 1, 2, 144)
-    assert "144p-2-1" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "144p-2-1" in said.out and "no GPU is visible" not in said.err
+
+
+def test_the_whole_model_on_the_cpu_is_told(monkeypatch, capsys):
+    def begins(*args):
+        raise InterruptedError
+
+    monkeypatch.setattr(sys, "argv", ["step", "--impl", "reference"])
+    monkeypatch.setattr(step, "build", begins)
+    with pytest.raises(InterruptedError):
+        step.main()
+    assert ("--depth 1 with a case like 144p-1-1" in capsys.readouterr().err) != torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("forward", [False, True], ids=["samples", "forward"])

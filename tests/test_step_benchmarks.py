@@ -32,7 +32,7 @@ def test_steps_that_take_turns_and_encode_ahead(tmp_path):
         assert image["notes"]["parts"][part] < video["notes"]["parts"][part], part
 
 
-def test_encoders_with_random_weights_pass_for_real_ones(tmp_path, monkeypatch):
+def test_encoders_with_random_weights_pass_for_real_ones(tmp_path, monkeypatch, capsys):
     """A T5 of which no more than config.json and tokenizer lies on the disk, and an autoencoder, both smaller here."""
     from test_autoencoder import tiny_autoencoder_kl
 
@@ -47,6 +47,8 @@ def test_encoders_with_random_weights_pass_for_real_ones(tmp_path, monkeypatch):
         assert train_step.main([*command, "--", *model, "--plugin", "auto", "--dtype", "auto"]) == 0
     features, online = map(json.loads, (tmp_path / "steps.jsonl").read_text().splitlines())
     assert features["notes"]["parts"]["text encoder"] == 0 < online["notes"]["parts"]["text encoder"]
+    told = "no GPU is visible: the whole model runs on the CPU, in float32; --small takes less time"
+    assert (told in capsys.readouterr().err) != torch.cuda.is_available()
 
 
 def test_whole_steps_are_measured_and_drawn(tmp_path):

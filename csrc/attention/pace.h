@@ -69,7 +69,8 @@ class Pace {
   }
 
  private:
-  static constexpr int kSleep = 100, kMostLooks = 100;  // ns; some 60 us with the looks themselves, of a dozen heads
+  // ns between looks, and how many: with the looks themselves some 60 us, in which a block does a dozen heads.
+  static constexpr int kSleep = 100, kMostLooks = 100;
 
   __device__ __forceinline__ int seen() const {
     int value;

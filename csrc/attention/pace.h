@@ -17,8 +17,9 @@
 
 namespace stdit {
 
-// Where blocks drift apart, measured on an H100: heads in all, and keys. Of fewer keys than kFewestPacedKeys a head is
-// loaded while the L2 cache still has the one before; of more than kMostPacedKeys computing takes long enough.
+// Where it is worth it, measured on an H100: heads in all, and keys. Of fewer keys than kFewestPacedKeys a head is loaded
+// while the L2 cache still has the one before. Of 193 to 256 blocks drift apart too, but the kernel has no registers left
+// (Forward::kPaced); of 300 and more computing takes long enough.
 constexpr int64_t kFewestPacedHeads = 10 * 132;
 constexpr int64_t kFewestPacedKeys = 81, kMostPacedKeys = 192;
 

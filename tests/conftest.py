@@ -15,11 +15,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+import triton
 
 if not torch.cuda.is_available():  # before anything imports the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from safetensors import safe_open
+
+if os.environ.get("TRITON_INTERPRET") == "1" and triton.__version__.startswith("3.6."):
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope) -> None:
+        """Makes an integer of an array of one value, which Triton 3.7 does itself and NumPy 2.4 no longer."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_index
 
 DATA = Path(__file__).parent / "data"
 

@@ -494,13 +494,14 @@ def sample(processes: Processes, args: argparse.Namespace) -> Iterator[Record]:
         model = STDiT2(STDiT2Config(depth=args.depth, **width)).to(torch.bfloat16 if on_gpu else torch.float32).eval()
     count = processes.world_size
     shared = count > 1
-    predictors = {"": Predictor(model)}
     if shared:
         groups = SequenceGroups(processes, [count])
-        predictors[""] = SharedPredictor(model, groups[count])
+        predictors = {"": SharedPredictor(model, groups[count])}
         if on_gpu:
             group = replace(groups[count], copies=groups.copies_of(groups[count]))
             predictors[COPIED] = SharedPredictor(model, group)
+    else:
+        predictors = {"": Predictor(model)}
     shape = 2, 4, SAMPLED_FRAMES, args.height // 8, args.width // 8
     x = torch.randn(shape, device=processes.device)
     one, parameter = torch.ones(2, device=processes.device), next(model.parameters())

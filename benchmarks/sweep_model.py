@@ -413,7 +413,8 @@ def targets(options: dict[Shape, list[Choice]], longest: float = math.inf, count
         longest: seconds beyond which none is, unless a sample takes that long.
     """
     lowest = max(found[0].seconds for found in options.values())
-    return np.geomspace(0.75 * lowest, max(min(max(3 * lowest, 8 * EXCHANGE), longest), lowest), count)
+    highest = max(3 * lowest, 8 * EXCHANGE)
+    return np.geomspace(0.75 * lowest, max(min(highest, longest), lowest), count)
 
 
 def best_target(

@@ -577,7 +577,10 @@ int count_runs(int64_t items, int units, int multiprocessors) {
   return best;
 }
 
-constexpr int64_t kPaceBytes = 256;
+template <class F>
+bool is_paced(const stdit_attention& call) {
+  return F::kPaced && keeps_pace<F::D>(call);
+}
 
 // Of a head's keys, in whole tiles.
 template <class F>
@@ -621,7 +624,7 @@ void launch(const stdit_attention& call, void* scratch, cudaStream_t stream) {
     a.key_image = static_cast<char*>(scratch);
     make_key_image<F::D>(call, static_cast<char*>(scratch), nullptr, a.key_length, stream);
   }
-  if (F::kPaced && keeps_pace<F::D>(call) && memory_lags()) {
+  if (is_paced<F>(call) && memory_lags()) {
     a.begun = static_cast<int*>(scratch);
     STDIT_CHECK(cudaMemsetAsync(a.begun, 0, sizeof(int), stream));
   }
@@ -689,7 +692,7 @@ int64_t forward_scratch(const stdit_attention& call) {
   int64_t bytes = 0;
   choose<D>(call, [&](auto kernel) {
     using F = decltype(kernel);
-    if (F::kPaced && keeps_pace<D>(call)) bytes = kPaceBytes;
+    if (is_paced<F>(call)) bytes = kPaceBytes;
     if (F::kImaged) bytes = call.sequences * call.heads * Image<D>::bytes(image_rows<F>(call));
   });
   return bytes;

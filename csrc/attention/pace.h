@@ -9,8 +9,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "stdit/attention.h"
 #include "stdit/launch_check.h"
@@ -23,6 +23,9 @@ namespace stdit {
 constexpr int64_t kFewestPacedHeads = 10 * 132;
 constexpr int64_t kFewestPacedKeys = 81, kMostPacedKeys = 192;
 
+// Scratch memory for the count of heads.
+constexpr int64_t kPaceBytes = 256;
+
 template <int D>
 bool keeps_pace(const stdit_attention& call) {
   return call.key_starts == nullptr && D * 2 % 128 != 0 && call.sequences * call.heads >= kFewestPacedHeads &&
@@ -32,24 +35,24 @@ bool keeps_pace(const stdit_attention& call) {
 // Whether the current device's memory is slow enough for it. An H100 moves 3.35 TB/s; on an H200, with 4.8, blocks
 // drift as well, but it can afford what is read twice.
 inline bool memory_lags() {
-  constexpr double kEnough = 4e12;  // bytes a second
-  constexpr int kDevices = 64;
-  enum : signed char { kUnknown, kLags, kKeepsUp };
-  static std::atomic<signed char> known[kDevices];  // the driver takes long to say a clock rate
+  constexpr double kEnough = 4e12;                  // bytes a second
+  static const std::vector<bool> of_devices = [] {  // once: the driver takes long to say a clock rate
+    int count = 0;
+    STDIT_CHECK(cudaGetDeviceCount(&count));
+    std::vector<bool> lag;
+    for (int device = 0; device < count; ++device) {
+      int kilohertz = 0, bits = 0;  // stay 0 on a virtual GPU that does not say
+      if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
+          cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+        cudaGetLastError();  // is not the next launch's
+      }
+      lag.push_back(2e3 * kilohertz * (bits / 8.0) < kEnough);  // two transfers a cycle
+    }
+    return lag;
+  }();
   int device = 0;
   STDIT_CHECK(cudaGetDevice(&device));
-  const int place = device % kDevices;
-  if (device >= kDevices || known[place] == kUnknown) {
-    int kilohertz = 0, bits = 0;  // stay 0 on a virtual GPU that does not say
-    if (cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
-      cudaGetLastError();  // is not the next launch's
-    }
-    const bool lags = 2e3 * kilohertz * (bits / 8.0) < kEnough;  // two transfers a cycle
-    if (device >= kDevices) return lags;
-    known[place] = lags ? kLags : kKeepsUp;
-  }
-  return known[place] == kLags;
+  return of_devices[device];
 }
 
 // A block's place among all. `begun`, in device memory, counts the heads that all blocks have begun, from 0 on; null:

@@ -4,7 +4,7 @@ Ranks of a group are neighbours: with size n, ranks k*n to k*n + n - 1 are group
 run starts, since every rank has to take part; which of them a step uses may change from batch to batch.
 """
 
-import warnings
+import logging
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from stdit_fast.errors import ConfigError
 from stdit_fast.parallel.copies import PeerCopies, SymmetricSlots
 from stdit_fast.parallel.processes import Processes, import_colossalai, machine_id
+
+logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8)
 KEY = "sequence_parallel"
@@ -74,8 +76,10 @@ class SequenceGroups:
             check_size(size, processes.world_size)
         for size in wanted:
             group = self._build(size)
-            if transfers == "copies" or (transfers == "auto" and self._can_copy(group)):
+            if transfers == "copies":
                 group = replace(group, copies=self.copies_of(group))
+            elif transfers == "auto" and self._can_copy(group):
+                group = replace(group, copies=self._peer_copies(group))
             self._groups[size] = group
 
     def __getitem__(self, size: int) -> SequenceGroup:
@@ -95,13 +99,16 @@ class SequenceGroups:
         if unreached:
             remedy = f"{unreached} of {group.size} ranks cannot read the others' memory; use collectives"
             raise ConfigError(TRANSFERS, "copies", remedy)
-        device = self.processes.device
-        return PeerCopies(group.rank, group.size, device, partial(SymmetricSlots, group.device, device))
+        return self._peer_copies(group)
 
     def describe(self) -> str:
         """What moves parts of videos, by size of group, in a line."""
         ways = {size: "copies between GPUs" if group.copies else "collectives" for size, group in self._groups.items()}
         return "; ".join(f"videos shared by {size}: their parts travel by {way}" for size, way in ways.items())
+
+    def _peer_copies(self, group: SequenceGroup) -> PeerCopies:
+        device = self.processes.device
+        return PeerCopies(group.rank, group.size, device, partial(SymmetricSlots, group.device, device))
 
     def _unreached(self, group: SequenceGroup) -> int:
         """How many members cannot read the memory of all others."""
@@ -127,7 +134,7 @@ class SequenceGroups:
         failed = sum(value for (value,) in group.exchange([int(bool(failure))]))
         if failed and group.rank == 0:
             reason = f"{failed} of {group.size} ranks could not share memory{failure and f' ({failure})'}"
-            warnings.warn(f"{TRANSFERS}: {reason}; collectives move parts of videos instead", stacklevel=2)
+            logger.warning("%s: %s; collectives move parts of videos instead", TRANSFERS, reason)
         return not failed
 
     def _build(self, size: int) -> SequenceGroup:
